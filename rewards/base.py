@@ -1,0 +1,176 @@
+"""The `Reward` noun: media and prompts in, one number a sample out; higher is better, in the published scale.
+
+A reward is a frozen network (or a rule) that owns its preprocessing. A subclass writes one method, `measure`; everything
+every reward must do alike stands here once: checking the media and the prompts, refusing a gradient it cannot give,
+float32 scores, and NaN (never a number) for a sample that could not be judged.
+
+Media are float tensors with values in [0, 1]: images (B, 3, H, W), video (B, F, 3, H, W); audio is (B, C, N) in [-1, 1];
+tokens are integer (B, L).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Modality", "Prompt", "Reward", "Scores", "as_prompts"]
+
+Modality = Literal["image", "video", "audio", "tokens"]
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+RANGE_TOLERANCE = 1e-3  # a decoder's round-off, not a licence for another range
+
+LAYOUT = {
+    "image": (4, 1, "(B,3,H,W) with values in [0,1]"),
+    "video": (5, 2, "(B,F,3,H,W) with values in [0,1]"),
+    "audio": (3, None, "(B,C,N) with values in [-1,1]"),
+    "tokens": (2, None, "(B,L) integer token ids"),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a sample should show. A plain `str` is accepted wherever a `Prompt` is.
+
+    Attributes:
+        text: the prompt.
+        negative: the negative prompt, used by classifier-free guidance.
+        meta: anything a reward needs beside the text, such as the clauses a detector checks.
+    """
+
+    text: str
+    negative: str = ""
+    meta: Mapping[str, Any] = field(default_factory=lambda: EMPTY, hash=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def as_prompts(prompts: Sequence[str | Prompt] | str | Prompt) -> list[Prompt]:
+    """Wraps plain strings; a single prompt becomes a list of one."""
+    if isinstance(prompts, (str, Prompt)):
+        prompts = [prompts]
+    wrong = [p for p in prompts if not isinstance(p, (str, Prompt))]
+    if wrong:
+        raise TypeError(f"prompts must be str or Prompt; got {type(wrong[0]).__name__}: {wrong[0]!r}")
+    return [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says about B samples.
+
+    Attributes:
+        total: (B,) float32, higher is better; NaN where the sample could not be judged.
+        parts: named components, each (B,) float32, such as the clauses of a prompt or the terms of a sum.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
+
+
+class Reward(nn.Module, ABC):
+    """Scores samples. Subclasses implement `measure`; callers use `score` or call the reward.
+
+    A reward is frozen and always in eval mode: a parent's `.train()` cannot switch its dropout on. It runs on the device
+    of its input.
+
+    Attributes:
+        modality: what it looks at.
+        differentiable: whether a gradient with respect to the media exists.
+        needs_prompt: whether the prompt matters.
+    """
+
+    modality: Modality = "image"
+    differentiable: bool = True
+    needs_prompt: bool = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        super().train(False)
+
+    @abstractmethod
+    def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor | Scores:
+        """Scores checked media: (B,) or `Scores`. `prompts` has B entries, or none where `needs_prompt` is false."""
+
+    def score(self, media: Tensor, prompts: Sequence[str | Prompt] = ()) -> Scores:
+        """Scores a batch.
+
+        Args:
+            media: see the module docstring.
+            prompts: one a sample; may be empty for a reward that needs none.
+
+        Returns:
+            Scores with float32 values, part of the graph if `media` requires a gradient.
+
+        Raises:
+            TypeError, ValueError: the media have the wrong type, rank, channel count or range, or the prompts do not match.
+            RuntimeError: a gradient was asked of a reward that has none.
+        """
+        self.check(media)
+        prompts = as_prompts(prompts)
+        if prompts and len(prompts) != len(media) or self.needs_prompt and not prompts:
+            raise ValueError(f"{self.name} needs one prompt a sample: got {len(prompts)} prompts for {len(media)} samples")
+        wants_gradient = torch.is_grad_enabled() and media.requires_grad
+        if wants_gradient and not self.differentiable:
+            raise RuntimeError(
+                f"{self.name} is not differentiable, yet a gradient was asked of it: "
+                "use a steering or objective that needs none, or a differentiable reward"
+            )
+        first = next(self.parameters(), None)
+        if first is not None and first.device != media.device:
+            self.to(media.device)
+        with torch.set_grad_enabled(wants_gradient):
+            result = self.measure(media, prompts)
+        if isinstance(result, Tensor):
+            result = Scores(result)
+        if result.total.shape != (len(media),):
+            raise ValueError(f"{self.name} must return ({len(media)},) scores; got {tuple(result.total.shape)}")
+        return Scores(result.total.float(), {k: v.float() for k, v in result.parts.items()})
+
+    def forward(self, media: Tensor, prompts: Sequence[str | Prompt] = ()) -> Tensor:
+        """The totals alone: (B,) float32."""
+        return self.score(media, prompts).total
+
+    @property
+    def name(self) -> str:
+        """How messages and result files call this reward."""
+        return type(self).__name__
+
+    def check(self, media: Tensor) -> None:
+        """Raises unless `media` has the layout of `modality`."""
+        rank, channels, layout = LAYOUT[self.modality]
+        if not isinstance(media, Tensor):
+            raise TypeError(f"{self.name}: media must be a tensor {layout}; got {type(media).__name__}")
+        shape = tuple(media.shape)
+        got = f"got {media.dtype} {shape}".replace("torch.", "")
+        if media.ndim != rank or channels is not None and shape[channels] != 3:
+            hint = ": pass images.permute(0,3,1,2)" if media.ndim == rank == 4 and shape[-1] == 3 else ""
+            raise ValueError(f"{self.name}: media must be {layout}; {got}{hint}")
+        if self.modality == "tokens":
+            if media.is_floating_point():
+                raise TypeError(f"{self.name}: media must be {layout}; {got}")
+            return
+        if not media.is_floating_point():
+            hint = ": divide by 255" if media.dtype == torch.uint8 else ""
+            raise TypeError(f"{self.name}: media must be {layout}; {got}{hint}")
+        if media.numel() == 0:
+            raise ValueError(f"{self.name}: media must not be empty; {got}")
+        low, high = torch.aminmax(media.detach())
+        floor = -1.0 if self.modality == "audio" else 0.0
+        if not (low >= floor - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also catches NaN
+            hint = ": pass (media + 1) / 2" if floor == 0 and low >= -1.01 and high <= 1.01 else ""
+            raise ValueError(f"{self.name}: media must be {layout}; {got} spanning [{low:.3g}, {high:.3g}]{hint}")
+
+    def train(self, mode: bool = True) -> Reward:
+        """Keeps eval mode whatever is asked."""
+        return super().train(False)
+
+    def freeze(self) -> Reward:
+        """Switches gradients of all weights off; constructors call it last."""
+        return self.requires_grad_(False)
