@@ -1,0 +1,9 @@
+"""Model families: one adapter each, about 120 lines, none importing another.
+
+`FAMILIES` maps the pipeline class that a model folder's `model_index.json` names to its adapter, "module:class".
+"""
+
+FAMILIES = {
+    "StableDiffusionPipeline": "samplers.families.sd:StableDiffusion",
+    "LatentConsistencyModelPipeline": "samplers.families.sd:StableDiffusion",
+}

@@ -1,0 +1,63 @@
+"""What a run spent: network evaluations, decodes, reward calls, gradients, and the seconds of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["Ledger", "Spending"]
+
+Spending = Literal["network", "decode", "reward", "gradient"]
+
+
+class Ledger:
+    """Counts samples put through each part. A guided network evaluation counts both of its branches.
+
+    On a GPU the seconds come from events on the stream, read once at the end, so that counting never waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {"network": 0, "decode": 0, "reward": 0, "gradient": 0}
+        self._seconds: dict[str, float] = dict.fromkeys(self.counts, 0.0)
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def spend(self, on: Spending, samples: int, device: torch.device) -> Iterator[None]:
+        """Counts `samples` and times the block."""
+        self.counts[on] += samples
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((on, begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[on] += time.perf_counter() - begin
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part so far; waits for the device."""
+        for on, begin, end in self._events:
+            end.synchronize()
+            self._seconds[on] += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return dict(self._seconds)
+
+    def __add__(self, other: Ledger) -> Ledger:
+        total = Ledger()
+        mine, theirs = self.seconds, other.seconds
+        for on in total.counts:
+            total.counts[on] = self.counts[on] + other.counts[on]
+            total._seconds[on] = mine[on] + theirs[on]
+        return total
+
+    def as_dict(self) -> dict[str, Any]:
+        """For result files."""
+        names = {"network": "network_evaluations", "decode": "decodes", "reward": "reward_calls", "gradient": "gradients"}
+        return {**{names[on]: n for on, n in self.counts.items()}, "seconds": self.seconds}

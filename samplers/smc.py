@@ -1,0 +1,283 @@
+"""Feynman–Kac steering: sequential Monte Carlo toward p(x0)·exp(r(x0)/β), a population a prompt.
+
+At chosen steps ("events") every particle's log weight grows by a log potential g, made from the reward of its clean estimate;
+at the end by what makes the sum along each lineage equal r(x0)/β exactly. With v the soft value r/β (tempered by γ), S the
+sum of a lineage's earlier g, and proposals q instead of p:
+
+    difference   g = γ·v − S                     (telescopes by itself)
+    max          g = γ·max over events of v
+    sum          g = γ·sum over events of v
+    terminal     no events
+    last event   g = r(x0)/β − S, whatever the potential
+    always       + log p(x_s|x_t) − log q(x_s|x_t) for every guided step since
+
+Weights are float64 logarithms and are **carried** between resamplings. Resampling sets the log weights of a group to their log
+mean, so at any time log mean exp of the weights is the unbiased evidence estimate log Ẑ. The target is the law of the
+discretised chain, tilted.
+
+Sources: Feynman–Kac steering, 2501.06848; particle Monte Carlo, 2502.01618; TDS, 2306.17775; DAS, 2501.05803; SVDD,
+2408.08252; CoDe, 2502.00968. Deviations from the published FK code: weights survive skipped resamplings; the last potential
+of max and sum uses r(x0); the maximum starts at −∞, not 0; all on the log scale, never clamped; events weigh the state the
+estimate was made from, with no lag; a many-draw value is β·log mean exp(r/β).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rewards.base import Reward
+
+from .resampling import Scheme, ess, log_mean_exp, resample, temper
+from .steering import Context, RewardFailed, Steering
+
+__all__ = ["SVDD", "BestOfN", "CoDe", "FeynmanKac", "Potential", "Tempering"]
+
+Potential = Literal["difference", "max", "sum", "terminal"]
+Tempering = Literal["constant", "linear", "adaptive"]
+
+
+class FeynmanKac(Steering):
+    """Feynman–Kac steering: a population of particles, weighted by intermediate rewards and resampled.
+
+    Args:
+        reward: what to steer by; None takes the run's.
+        beta: temperature of the tilt exp(r/beta), in units of the reward, ≥ 0. Small is greedy; 0 keeps only the best of a
+            group at each event (no longer a sampler: log Z is then NaN); infinity leaves the model as it is.
+        potential: how intermediate rewards become weights; all reach the same target.
+        resampler: see `samplers.resampling`; "argmax" is greedy and leaves log Z without meaning.
+        ess_threshold: resample a group when its effective sample size is at most this share of K; 1 resamples at every event.
+        every: steps between events, ≥ 1.
+        start, stop: the fraction of the run's steps, in [0, 1], within which events lie. The last weighting always happens.
+        tempering: γ, the strength of intermediate potentials: "constant" 1, "linear" in steps, or "adaptive": the largest
+            value that keeps the effective sample size at the threshold, never decreasing.
+        draws: clean estimates averaged into an intermediate value; more than 1 looks ahead stochastically, which costs one
+            network evaluation a draw.
+
+    Raises:
+        ValueError: an argument out of range; at run time, resampling with a deterministic kernel.
+    """
+
+    def __init__(
+        self,
+        reward: Reward | None = None,
+        beta: float = 1.0,
+        potential: Potential = "difference",
+        resampler: Scheme = "systematic",
+        ess_threshold: float = 0.5,
+        every: int = 1,
+        start: float = 0.0,
+        stop: float = 1.0,
+        tempering: Tempering = "constant",
+        draws: int = 1,
+    ) -> None:
+        if not beta >= 0:
+            raise ValueError(f"beta must be ≥ 0; got {beta}")
+        if not 0 <= ess_threshold <= 1:
+            raise ValueError(f"ess_threshold is a share of the particles in [0, 1]; got {ess_threshold}")
+        if every < 1 or draws < 1:
+            raise ValueError(f"every and draws must be ≥ 1; got {every} and {draws}")
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(f"start and stop are fractions of the run, 0 <= start <= stop <= 1; got {start}, {stop}")
+        self.reward, self.beta, self.potential, self.resampler = reward, beta, potential, resampler
+        self.ess_threshold, self.every, self.start, self.stop = ess_threshold, every, start, stop
+        self.tempering, self.draws = tempering, draws
+
+    def events(self, steps: int) -> list[int]:
+        """The steps at whose start the population is weighed, before the last weighting at `steps`."""
+        if self.potential == "terminal":
+            return []
+        return [i for i in range(math.ceil(self.start * steps), steps, self.every) if i < self.stop * steps]
+
+    def family(self, particles: int) -> int:
+        """How many consecutive particles compete with one another: all of a prompt's."""
+        return particles
+
+    def check(self, ctx: Context) -> None:
+        self._need_reward()
+        events = self.events(ctx.levels.steps)
+        resamples = ctx.particles > 1 and self.family(ctx.particles) > 1 and self.resampler != "none"
+        if events and resamples and self.ess_threshold > 0 and not ctx.kernel.diversifies(ctx.levels):
+            raise ValueError(
+                f"{type(self).__name__} resamples, but {ctx.kernel} is deterministic: copies of a particle would stay identical. "
+                "Use a stochastic kernel such as DDIM(eta=1), or BestOfN"
+            )
+
+    def select(self, ctx: Context) -> Tensor | None:
+        if not ctx.final and ctx.step not in self.events(ctx.levels.steps):
+            return None
+        value = self._value(ctx)
+        proposals = self._take_log_ratio(ctx)
+        if self.beta == 0:
+            best = value.reshape(-1, self.family(ctx.particles))
+            best = (best == best.amax(1, keepdim=True)).reshape_as(value)
+            ctx.log_w = torch.where(best & ~torch.isneginf(value), 0.0, -torch.inf).double()
+        else:
+            dead = torch.isneginf(value)
+            value = torch.where(dead, -torch.inf, value.masked_fill(dead, 0) / self.beta)
+            ctx.log_w = ctx.log_w + proposals + self._potential(ctx, value, proposals)
+        self._refuse_degenerate(ctx)
+        families = ctx.log_w.reshape(-1, self.family(ctx.particles))
+        alive = families.amax(1) > -torch.inf
+        size = torch.zeros(len(families), dtype=torch.float64)
+        size[alive] = ess(families[alive])
+        ctx.ess.append(size.reshape(ctx.groups, -1).sum(1))
+        if ctx.final and self.beta > 0 and self.resampler != "argmax":
+            ctx.log_z = log_mean_exp(ctx.log_w)
+        if ctx.final or self.resampler == "none":
+            return None
+        due = alive & (size <= self.ess_threshold * families.shape[1] * (1 + 1e-6))
+        return self._resample(ctx, families, due)
+
+    def _resample(self, ctx: Context, families: Tensor, due: Tensor) -> Tensor | None:
+        """Ancestors (P, K) after resampling the families that are due; their log weights become their log mean."""
+        width = families.shape[1]
+        if width == 1 or not bool(due.any()):
+            return None
+        per_group = ctx.particles // width
+        generators = [g for g in ctx.generators() for _ in range(per_group)]
+        chosen = torch.arange(width).expand(len(families), width).clone()
+        chosen[due] = resample(families[due], self.resampler, [g for g, d in zip(generators, due.tolist(), strict=True) if d])
+        level = torch.where(due[:, None], log_mean_exp(families.where(due[:, None], 0.0))[:, None], families)
+        ctx.log_w = level.reshape(ctx.groups, ctx.particles)
+        offsets = (torch.arange(per_group) * width).repeat(ctx.groups)[:, None]
+        return (chosen + offsets).reshape(ctx.groups, ctx.particles)
+
+    def _potential(self, ctx: Context, value: Tensor, proposals: Tensor) -> Tensor:
+        """(P, K) the log potential of this event; the lineage's running sum, maximum and total follow."""
+        zero = torch.zeros_like(value)
+        spent = ctx.rows.get("spent", zero)
+        dead = torch.isneginf(value)
+        if ctx.final:
+            return value - spent
+        if self.potential == "max":
+            value = ctx.rows["max"] = torch.maximum(value, ctx.rows.get("max", zero - torch.inf))
+        elif self.potential == "sum":
+            value = ctx.rows["sum"] = value + ctx.rows.get("sum", zero)
+
+        def increment(gamma: Tensor) -> Tensor:
+            grown = gamma * torch.where(dead, 0.0, value)
+            return torch.where(dead, -torch.inf, grown - spent if self.potential == "difference" else grown)
+
+        step = increment(self._gamma(ctx, ctx.log_w + proposals, increment))
+        ctx.rows["spent"] = spent + torch.where(dead, 0.0, step)
+        return step
+
+    def _gamma(self, ctx: Context, log_w: Tensor, increment) -> Tensor:
+        if self.tempering == "constant":
+            return torch.ones(ctx.groups, 1, dtype=torch.float64)
+        if self.tempering == "linear":
+            return torch.full((ctx.groups, 1), (ctx.step + 1) / ctx.levels.steps, dtype=torch.float64)
+        floor = ctx.rows.get("gamma", torch.zeros_like(log_w))[:, 0]
+        gamma = temper(log_w, increment, floor, self.ess_threshold * ctx.particles)
+        ctx.rows["gamma"] = gamma.reshape(-1, 1).expand_as(log_w)
+        return gamma.reshape(-1, 1)
+
+    def _value(self, ctx: Context) -> Tensor:
+        """(P, K) float64 on the CPU: the reward of each clean estimate; −∞ (a dead particle) where it could not be judged."""
+        reward = self._need_reward()
+        if ctx.final or self.draws == 1:
+            scores = ctx.score(reward).double()
+        else:
+            drawn = [ctx.score_of(ctx.posterior_draw(j), reward).double() for j in range(self.draws)]
+            scores = self._soft_mean(torch.stack(drawn))
+        value = scores.detach().cpu().reshape(ctx.groups, ctx.particles)
+        failed = value.isnan()
+        if bool(failed.any()):
+            ctx.failures[reward.name] = ctx.failures.get(reward.name, 0) + int(failed.sum())
+            if bool(failed.all(1).any()):
+                prompt = next((p.text for p, f in zip(ctx.prompts[:: ctx.particles], failed.all(1), strict=False) if f), "")
+                raise RewardFailed(f"{reward.name} could judge no sample of {prompt!r} at step {ctx.step}")
+        value = value.masked_fill(failed, -torch.inf)
+        ctx.rows["reward"] = value
+        return value
+
+    def _soft_mean(self, draws: Tensor) -> Tensor:
+        """β·log mean exp(r/β) over dim 0, the value the potentials are consistent with."""
+        if self.beta == 0:
+            return draws.amax(0)
+        if math.isinf(self.beta):
+            return draws.mean(0)
+        return self.beta * (torch.logsumexp(draws / self.beta, 0) - math.log(len(draws)))
+
+    def _take_log_ratio(self, ctx: Context) -> Tensor:
+        if ctx.log_ratio is None:
+            return torch.zeros_like(ctx.log_w)
+        ratio, ctx.log_ratio = ctx.log_ratio.cpu().reshape(ctx.groups, ctx.particles), None
+        return ratio
+
+    def _refuse_degenerate(self, ctx: Context) -> None:
+        if bool(ctx.log_w.isnan().any()):
+            raise RewardFailed(f"{self._need_reward().name} led to NaN weights at step {ctx.step}: is it finite everywhere?")
+        if bool((ctx.log_w.amax(1) == -torch.inf).any()):
+            raise RewardFailed(f"every particle of a prompt is dead at step {ctx.step}: {self._need_reward().name} gave −∞ or NaN")
+
+
+class BestOfN(FeynmanKac):
+    """Best of N: K independent samples, the one with the highest reward wins.
+
+    KL(best of N ‖ model) = log N − (N − 1)/N for a continuous reward.
+
+    Args:
+        reward: what to choose by; None takes the run's.
+    """
+
+    def __init__(self, reward: Reward | None = None) -> None:
+        super().__init__(reward, beta=0.0, potential="terminal")
+
+
+class SVDD(FeynmanKac):
+    """Soft value-based decoding: every step, one of M children is drawn by its value and continues alone.
+
+    The K particles of a prompt are K/M independent chains with M children each; weights are carried across chains, so log Z
+    stays unbiased. (The published code takes the argmax: that is beta = 0.)
+
+    Args:
+        reward: what to steer by; None takes the run's.
+        beta: temperature; 0 keeps the best child.
+        children: M, which must divide the particles; None makes one chain of them all.
+        every, start, stop: as in `FeynmanKac`.
+    """
+
+    def __init__(
+        self,
+        reward: Reward | None = None,
+        beta: float = 1.0,
+        children: int | None = None,
+        every: int = 1,
+        start: float = 0.0,
+        stop: float = 1.0,
+    ) -> None:
+        super().__init__(reward, beta, resampler="single", ess_threshold=1.0, every=every, start=start, stop=stop)
+        if children is not None and children < 1:
+            raise ValueError(f"children must be ≥ 1; got {children}")
+        self.children = children
+
+    def family(self, particles: int) -> int:
+        return self.children or particles
+
+    def check(self, ctx: Context) -> None:
+        if ctx.particles % self.family(ctx.particles):
+            raise ValueError(f"children must divide the particles; got {self.children} and {ctx.particles}")
+        super().check(ctx)
+
+
+class CoDe(SVDD):
+    """Controlled denoising: every `block` steps the best particle replaces all others.
+
+    block = 1 is SVDD's argmax; block = steps is best of N.
+
+    Args:
+        reward: what to steer by; None takes the run's.
+        block: steps between selections.
+    """
+
+    def __init__(self, reward: Reward | None = None, block: int = 5) -> None:
+        super().__init__(reward, beta=0.0, every=block)
+        self.block = block
+
+    def events(self, steps: int) -> list[int]:
+        return list(range(self.block, steps, self.block))

@@ -1,0 +1,289 @@
+"""The `Steering` noun: what inference-time control does to the loop.
+
+A steering may do two things at a step: `select` (which rows go on: resampling) and `propose` (tilt the law of the next
+state). It holds only its configuration; all that changes during a run lives in the `Context`, whose per-row quantities
+follow their rows through every selection.
+
+`Guided` is the proposal of twisted diffusion samplers (TDS, 2306.17775; DAS, 2501.05803): the law of the next state is tilted
+by ∇_x r(decode(x0(x))), taken through the network. Alone it is a heuristic; composed with `FeynmanKac` it is exact, because
+the loop then hands over log p/q.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rewards.base import Prompt, Reward
+
+from .kernels import DDIM, Kernel
+from .ledger import Ledger
+from .levels import Clean, Levels
+from .noise import Noise, side_generator
+from .transitions import Transition
+
+if TYPE_CHECKING:
+    from .policy import Cond, Policy
+
+__all__ = ["FREE", "Compose", "Context", "Guided", "RewardFailed", "Steering"]
+
+
+class RewardFailed(RuntimeError):
+    """A reward could judge no sample of some prompt, so steering cannot go on."""
+
+
+class Context:
+    """The population at one step: P prompts × K particles, flattened to B rows, one block a prompt.
+
+    Attributes:
+        step: 0 … T; at T the run is over and `x` is the final state.
+        x: (B, …) the state.
+        clean: the clean estimate; at step T, x itself.
+        log_w: (P, K) float64 log weights since the start of the run; never reset, so log mean exp is the log evidence.
+        log_z: (P,) float64 log evidence, NaN until a sampler that estimates it has finished.
+        log_ratio: (B,) float64 log p/q of guided proposals not yet accounted for in log_w.
+        rows: per-particle quantities (P, K) that a steering keeps between steps, on the CPU.
+        ess, ancestors: one entry an event: (P,) and (step, (P, K)).
+        failures: samples each reward could not judge, by name.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        kernel: Kernel,
+        cond: Cond,
+        levels: Levels,
+        noise: Noise,
+        particles: int,
+        prompts: Sequence[Prompt],
+        steering: Steering,
+    ) -> None:
+        self.policy, self.kernel, self.cond, self.levels, self.noise = policy, kernel, cond, levels, noise
+        self.particles, self.prompts = particles, list(prompts)
+        self.groups = len(cond) // particles
+        self.step = 0
+        self.log_w = torch.zeros(self.groups, particles, dtype=torch.float64)
+        self.log_z = torch.full((self.groups,), torch.nan, dtype=torch.float64)
+        self.rows: dict[str, Tensor] = {}
+        self.ess: list[Tensor] = []
+        self.ancestors: list[tuple[int, Tensor]] = []
+        self.failures: dict[str, int] = {}
+        self.ledger = Ledger()
+        self._tilting = steering.tilting()
+        self.x: Tensor
+        self.clean: Clean
+        self.log_ratio: Tensor | None = None
+        self._graph: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether the run is over and only the last weighting is left."""
+        return self.step == self.levels.steps
+
+    def enter(self, step: int, x: Tensor, clean: Clean) -> None:
+        """Moves to a step; what was computed for the last one is dropped."""
+        self.step, self._scores, self._gradients = step, {}, {}
+        self._graph = (x, clean.x0) if x.is_leaf and x.requires_grad else None
+        self.x, self.clean = x, clean
+
+    def take(self, ancestors: Tensor) -> None:
+        """Lets the rows `ancestors` (P, K), indices within a group, go on: every per-row quantity is reindexed."""
+        self.ancestors.append((self.step, ancestors))
+        self.rows = {name: value.gather(1, ancestors) for name, value in self.rows.items()}
+        rows = (ancestors + torch.arange(self.groups)[:, None] * self.particles).flatten().to(self.x.device)
+        self.x = self.x[rows]
+        self.clean = Clean(*(None if part is None else part[rows] for part in self.clean))  # pyright: ignore
+        self.cond = self.cond[rows]
+        self._scores = {name: value[rows] for name, value in self._scores.items()}
+        self._gradients = {name: value[rows] for name, value in self._gradients.items()}
+        if self.log_ratio is not None:
+            self.log_ratio = self.log_ratio[rows]
+
+    def score(self, reward: Reward) -> Tensor:
+        """(B,) the reward of the clean estimate at this step, computed once; of the full decode at the final step.
+
+        Where a steering tilts by this reward, its gradient with respect to x is computed in the same pass.
+        """
+        if id(reward) not in self._scores:
+            if self._graph is not None and any(reward is r for r in self._tilting) and not self.final:
+                self._score_and_gradient(reward)
+            else:
+                self._scores[id(reward)] = self.score_of(self.clean.x0, reward)
+        return self._scores[id(reward)]
+
+    def gradient(self, reward: Reward) -> Tensor:
+        """(B, …) gradient of the reward of the clean estimate with respect to x, through decoder and network."""
+        self.score(reward)
+        return self._gradients[id(reward)]
+
+    def score_of(self, x0: Tensor, reward: Reward) -> Tensor:
+        """(B,) the reward of given clean samples."""
+        decode = self.policy.decode if self.final else self.policy.preview
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x0.requires_grad):
+            with self.ledger.spend("decode", len(x0), x0.device):
+                media = decode(x0)
+            with self.ledger.spend("reward", len(x0), x0.device):
+                return reward(media, self.prompts)
+
+    def _score_and_gradient(self, reward: Reward) -> None:
+        assert self._graph is not None
+        x, x0 = self._graph
+        with torch.enable_grad():
+            scores = self.score_of(x0, reward)
+            with self.ledger.spend("gradient", len(x), x.device):
+                more = len(self._gradients) + 1 < len(self._tilting)
+                (gradient,) = torch.autograd.grad(scores.nansum(), x, retain_graph=more)
+        self._scores[id(reward)] = scores.detach()
+        self._gradients[id(reward)] = gradient
+
+    def release(self) -> None:
+        """Lets go of the step's graph once its rewards have been differentiated."""
+        if self._graph is not None:
+            self._graph = None
+            self.x = self.x.detach()
+            self.clean = Clean(*(None if part is None else part.detach() for part in self.clean))  # pyright: ignore
+
+    def posterior_draw(self, draw: int) -> Tensor:
+        """(B, …) an approximate draw from p(x0 | x_t): half of the remaining way stochastically, then one clean estimate.
+
+        Tokens are drawn independently from their clean marginals, masked positions only.
+        """
+        noise = self._side_noise(draw)
+        if self.clean.eps is None:
+            gumbel = -torch.log(-torch.special.log_ndtr(noise))
+            guess = (self.clean.x0.double() + gumbel).argmax(-1)
+            return torch.where(self.x == self.clean.x0.shape[-1], guess, self.x)
+        middle = (self.step + self.levels.steps + 1) // 2
+        if middle >= self.levels.steps:
+            return self.clean.x0
+        now, to = self.levels[self.step], self.levels[middle]
+        ancestral = DDIM(1.0)
+        x = ancestral.law(self.clean, self.x, now, to, ancestral.std(now, to)).sample(noise).to(self.x.dtype)
+        with self.ledger.spend("network", len(x) * (1 + self.cond.guided), x.device):
+            return self.policy.denoise(x, to, self.cond).x0
+
+    def _side_noise(self, draw: int) -> Tensor:
+        shape, device = self.clean.x0.shape[1:], self.x.device
+        generators = (side_generator(self.noise, row, self.step, 1 + draw) for row in range(len(self.x)))
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, torch.float64)
+
+    def generators(self) -> list[torch.Generator]:
+        """One generator a group for this step's resampling, tied to the seed of the group's first row."""
+        return [side_generator(self.noise, group * self.particles, self.step, 0) for group in range(self.groups)]
+
+
+class Steering(ABC):
+    """Inference-time control. The base class steers nothing."""
+
+    reward: Reward | None = None
+
+    def select(self, ctx: Context) -> Tensor | None:
+        """Ancestors (P, K), indices within each group, or None to keep the population. Called at every step and once at T."""
+        return None
+
+    def propose(self, ctx: Context, base: Transition) -> Transition:
+        """The law to sample the next state from, given the kernel's own."""
+        return base
+
+    def check(self, ctx: Context) -> None:
+        """Raises before any network runs if this steering cannot work in this run."""
+
+    def tilting(self) -> list[Reward]:
+        """Rewards whose gradients `propose` will ask for."""
+        return []
+
+    def bind(self, reward: Reward | None) -> Steering:
+        """A copy that uses `reward` wherever no reward was given."""
+        bound = copy.copy(self)
+        bound.reward = self.reward or reward
+        return bound
+
+    def _need_reward(self) -> Reward:
+        if self.reward is None:
+            raise ValueError(f"{type(self).__name__} needs a reward: pass reward=…")
+        return self.reward
+
+    def __repr__(self) -> str:
+        fields = {k: v.name if isinstance(v, Reward) else v for k, v in vars(self).items()}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
+
+
+class Free(Steering):
+    """No steering: plain sampling."""
+
+
+FREE = Free()
+
+
+class Guided(Steering):
+    """Gradient guidance: tilts each step's law by the gradient of the reward at decode(x0), through the network.
+
+    The mean moves by scale·std²·∇_x r (TDS, 2306.17775; DAS, 2501.05803). Alone this is a heuristic. In
+    `Compose(Guided(r, 1/beta), FeynmanKac(r, beta))` it is the near-optimal proposal of an exact sampler.
+
+    Args:
+        reward: a differentiable reward; None takes the run's.
+        scale: strength, in units of 1/beta.
+        start, stop: the fraction of the run's steps, in [0, 1], within which to guide.
+    """
+
+    def __init__(self, reward: Reward | None = None, scale: float = 1.0, start: float = 0.0, stop: float = 1.0) -> None:
+        if not 0 <= start < stop <= 1:
+            raise ValueError(f"start and stop are fractions of the run, 0 <= start < stop <= 1; got {start}, {stop}")
+        self.reward, self.scale, self.start, self.stop = reward, scale, start, stop
+
+    def tilting(self) -> list[Reward]:
+        return [self._need_reward()]
+
+    def check(self, ctx: Context) -> None:
+        reward = self._need_reward()
+        if not reward.differentiable:
+            raise ValueError(
+                f"Guided needs the gradient of its reward, and {reward.name} has none: "
+                "use FeynmanKac, SVDD or BestOfN, or a differentiable reward"
+            )
+        if not ctx.kernel.diversifies(ctx.levels):
+            raise ValueError("Guided tilts stochastic steps, and this kernel has none: use DDIM(eta=1), CPS or an SDE kernel")
+
+    def propose(self, ctx: Context, base: Transition) -> Transition:
+        if not base.stochastic or not self.start <= ctx.step / ctx.levels.steps < self.stop:
+            return base
+        return base.shift(ctx.gradient(self._need_reward()), self.scale)
+
+
+class Compose(Steering):
+    """Several steerings at once: proposals are chained; at most one may select.
+
+    `Compose(Guided(reward, 1 / beta), FeynmanKac(reward, beta))` is twisted sequential Monte Carlo.
+
+    Args:
+        a, b: the steerings, in the order in which their proposals are applied; either may be a `Compose`.
+    """
+
+    def __init__(self, a: Steering, b: Steering) -> None:
+        self.a, self.b = a, b
+
+    def select(self, ctx: Context) -> Tensor | None:
+        first, second = self.a.select(ctx), self.b.select(ctx)
+        if first is not None and second is not None:
+            raise ValueError("both steerings of a Compose select rows: keep one of them")
+        return second if first is None else first
+
+    def propose(self, ctx: Context, base: Transition) -> Transition:
+        return self.b.propose(ctx, self.a.propose(ctx, base))
+
+    def check(self, ctx: Context) -> None:
+        self.a.check(ctx)
+        self.b.check(ctx)
+
+    def tilting(self) -> list[Reward]:
+        rewards = self.a.tilting() + self.b.tilting()
+        return list({id(reward): reward for reward in rewards}.values())
+
+    def bind(self, reward: Reward | None) -> Steering:
+        return Compose(self.a.bind(reward), self.b.bind(reward))
