@@ -1,11 +1,11 @@
 """The `Reward` noun: media and prompts in, one number a sample out; higher is better, in the published scale.
 
-A reward is a frozen network (or a rule) that owns its preprocessing. A subclass writes one method, `measure`; everything
-every reward must do alike stands here once: checking the media and the prompts, refusing a gradient it cannot give,
-float32 scores, and NaN (never a number) for a sample that could not be judged.
+A reward is a frozen network (or a rule) that owns its preprocessing. A subclass writes one method, `measure`;
+everything every reward must do alike stands here once: checking the media and the prompts, refusing a gradient it
+cannot give, float32 scores, and NaN (never a number) for a sample that could not be judged.
 
-Media are float tensors with values in [0, 1]: images (B, 3, H, W), video (B, F, 3, H, W); audio is (B, C, N) in [-1, 1];
-tokens are integer (B, L).
+Media are float tensors with values in [0, 1]: images (B, 3, H, W), video (B, F, 3, H, W); audio is (B, C, N) in [-1,
+1]; tokens are integer (B, L).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -77,8 +78,8 @@ class Scores:
 class Reward(nn.Module, ABC):
     """Scores samples. Subclasses implement `measure`; callers use `score` or call the reward.
 
-    A reward is frozen and always in eval mode: a parent's `.train()` cannot switch its dropout on. It runs on the device
-    of its input.
+    A reward is frozen and always in eval mode: a parent's `.train()` cannot switch its dropout on. It runs on the
+    device of its input.
 
     Attributes:
         modality: what it looks at.
@@ -109,28 +110,33 @@ class Reward(nn.Module, ABC):
             Scores with float32 values, part of the graph if `media` requires a gradient.
 
         Raises:
-            TypeError, ValueError: the media have the wrong type, rank, channel count or range, or the prompts do not match.
+            TypeError, ValueError: the media have the wrong type, rank, channel count or range, or the prompts do not
+            match.
             RuntimeError: a gradient was asked of a reward that has none.
         """
         self.check(media)
         prompts = as_prompts(prompts)
-        if prompts and len(prompts) != len(media) or self.needs_prompt and not prompts:
-            raise ValueError(f"{self.name} needs one prompt a sample: got {len(prompts)} prompts for {len(media)} samples")
+        if (prompts or self.needs_prompt) and len(prompts) != len(media):
+            raise ValueError(
+                f"{self.name} needs one prompt a sample: got {len(prompts)} prompts for {len(media)} samples"
+            )
         wants_gradient = torch.is_grad_enabled() and media.requires_grad
         if wants_gradient and not self.differentiable:
             raise RuntimeError(
                 f"{self.name} is not differentiable, yet a gradient was asked of it: "
                 "use a steering or objective that needs none, or a differentiable reward"
             )
-        first = next(self.parameters(), None)
+        first = next(chain(self.parameters(), self.buffers()), None)
         if first is not None and first.device != media.device:
             self.to(media.device)
-        with torch.set_grad_enabled(wants_gradient):
+        # A trainer's autocast must not decide the precision of a score.
+        with torch.set_grad_enabled(wants_gradient), torch.autocast(media.device.type, enabled=False):
             result = self.measure(media, prompts)
         if isinstance(result, Tensor):
             result = Scores(result)
-        if result.total.shape != (len(media),):
-            raise ValueError(f"{self.name} must return ({len(media)},) scores; got {tuple(result.total.shape)}")
+        for part, values in {"total": result.total, **result.parts}.items():
+            if values.shape != (len(media),):
+                raise ValueError(f"{self.name} must return ({len(media)},) scores; {part} has {tuple(values.shape)}")
         return Scores(result.total.float(), {k: v.float() for k, v in result.parts.items()})
 
     def forward(self, media: Tensor, prompts: Sequence[str | Prompt] = ()) -> Tensor:
@@ -149,7 +155,7 @@ class Reward(nn.Module, ABC):
             raise TypeError(f"{self.name}: media must be a tensor {layout}; got {type(media).__name__}")
         shape = tuple(media.shape)
         got = f"got {media.dtype} {shape}".replace("torch.", "")
-        if media.ndim != rank or channels is not None and shape[channels] != 3:
+        if media.ndim != rank or (channels is not None and shape[channels] != 3):
             hint = ": pass images.permute(0,3,1,2)" if media.ndim == rank == 4 and shape[-1] == 3 else ""
             raise ValueError(f"{self.name}: media must be {layout}; {got}{hint}")
         if self.modality == "tokens":
@@ -172,5 +178,5 @@ class Reward(nn.Module, ABC):
         return super().train(False)
 
     def freeze(self) -> Reward:
-        """Switches gradients of all weights off; constructors call it last."""
-        return self.requires_grad_(False)
+        """Switches the gradients of all weights off and eval mode on; constructors that hold a network call it last."""
+        return self.requires_grad_(False).train(False)
