@@ -82,6 +82,7 @@ class Trajectory:
         ess: (P, E) effective sample size at each event.
         ancestors: (P, E', K) for each selection, which particle every particle came from; `selected_at` holds the steps.
         rewards: (P, K) float64 the steering's reward of the final samples, or None.
+        media: (B, …) the decoded final samples if the steering scored them.
         failures: samples a reward could not judge, by its name.
         ledger: what the run spent.
         stopped_at: None, or the step at which the run was interrupted; x0 then holds clean estimates.
@@ -99,6 +100,7 @@ class Trajectory:
     ancestors: Tensor
     selected_at: tuple[int, ...]
     rewards: Tensor | None
+    media: Tensor | None = None
     failures: dict[str, int] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     stopped_at: int | None = None
@@ -257,7 +259,8 @@ def _trajectory(ctx: Context, path: list[Tensor], log_probs: list[Tensor], stopp
         ess=torch.stack(ctx.ess, 1) if ctx.ess else torch.zeros(groups, 0, dtype=torch.float64),
         ancestors=torch.stack(tables, 1) if tables else torch.zeros(groups, 0, particles, dtype=torch.long),
         selected_at=steps,
-        rewards=ctx.rows.get("reward"),
+        rewards=ctx.rows.get("reward") if stopped_at is None else None,
+        media=ctx.media if stopped_at is None else None,
         failures=ctx.failures,
         ledger=ctx.ledger,
         stopped_at=stopped_at,

@@ -48,6 +48,7 @@ class Context:
         log_z: (P,) float64 log evidence, NaN until a sampler that estimates it has finished.
         log_ratio: (B,) float64 log p/q of guided proposals not yet accounted for in log_w.
         rows: per-particle quantities (P, K) that a steering keeps between steps, on the CPU.
+        media: the decoded final samples, once a reward has asked for them.
         ess, ancestors: one entry an event: (P,) and (step, (P, K)).
         failures: samples each reward could not judge, by name.
     """
@@ -77,6 +78,7 @@ class Context:
         self._tilting = steering.tilting()
         self.x: Tensor
         self.clean: Clean
+        self.media: Tensor | None = None
         self.log_ratio: Tensor | None = None
         self._graph: tuple[Tensor, Tensor] | None = None
 
@@ -127,6 +129,8 @@ class Context:
         with torch.set_grad_enabled(torch.is_grad_enabled() and x0.requires_grad):
             with self.ledger.spend("decode", len(x0), x0.device):
                 media = decode(x0)
+            if self.final:
+                self.media = media
             with self.ledger.spend("reward", len(x0), x0.device):
                 return reward(media, self.prompts)
 
@@ -196,6 +200,10 @@ class Steering(ABC):
     def tilting(self) -> list[Reward]:
         """Rewards whose gradients `propose` will ask for."""
         return []
+
+    def rewards(self) -> list[Reward]:
+        """Every reward this steering uses."""
+        return [] if self.reward is None else [self.reward]
 
     def bind(self, reward: Reward | None) -> Steering:
         """A copy that uses `reward` wherever no reward was given."""
@@ -282,8 +290,14 @@ class Compose(Steering):
         self.b.check(ctx)
 
     def tilting(self) -> list[Reward]:
-        rewards = self.a.tilting() + self.b.tilting()
-        return list({id(reward): reward for reward in rewards}.values())
+        return _distinct(self.a.tilting() + self.b.tilting())
+
+    def rewards(self) -> list[Reward]:
+        return _distinct(self.a.rewards() + self.b.rewards())
 
     def bind(self, reward: Reward | None) -> Steering:
         return Compose(self.a.bind(reward), self.b.bind(reward))
+
+
+def _distinct(rewards: list[Reward]) -> list[Reward]:
+    return list({id(reward): reward for reward in rewards}.values())

@@ -1,0 +1,201 @@
+"""What a steering run leaves behind, in memory and on disk."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+__all__ = ["Sample", "Steered", "describe", "prepare_folder", "to_pil", "versions"]
+
+PLAIN, STEERED = "plain", "steered"
+MOST_PROMPTS_IN_GRID = 16
+
+
+@dataclass
+class Sample:
+    """One image. `scores` maps reward names to values, the gold reward under "gold"; None where it could not be judged."""
+
+    prompt: str
+    seed: int
+    arm: str
+    pixels: Tensor = field(repr=False)
+    scores: dict[str, float | None]
+    weight: float
+    best: bool = False
+
+
+@dataclass
+class Steered:
+    """The result of `align.steer`.
+
+    Attributes:
+        samples: prompt by prompt, the plain arm and the steered arm, particle by particle. `weight` is the normalised weight of
+            a particle; `best` marks the particle a user would take: the highest reward of its group.
+        groups: one entry a prompt: `log_z`, `ess` (at each event), `unique_ancestors`.
+        ledger: network evaluations, decodes, reward calls, gradients and their seconds, for each arm.
+        config: everything needed to repeat the run.
+        failures: samples that a reward could not judge, by its name.
+        stopped: why the run ended early, or None.
+    """
+
+    samples: list[Sample]
+    groups: list[dict[str, Any]]
+    ledger: dict[str, Any]
+    config: dict[str, Any]
+    failures: dict[str, int] = field(default_factory=dict)
+    stopped: str | None = None
+
+    def arm(self, name: str = STEERED) -> list[Sample]:
+        """The samples of one arm: "steered" or "plain"."""
+        return [s for s in self.samples if s.arm == name]
+
+    @property
+    def best(self) -> list[Sample]:
+        """The steered sample to take, one a prompt."""
+        return [s for s in self.arm(STEERED) if s.best]
+
+    def mean(self, score: str, arm: str = STEERED, best: bool = False) -> float:
+        """The mean of a score over an arm, or over its best samples; NaN if nothing was judged."""
+        values = [s.scores.get(score) for s in self.arm(arm) if s.best or not best]
+        judged = [v for v in values if v is not None]
+        return sum(judged) / len(judged) if judged else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `result.json` holds."""
+        rows = []
+        for i, sample in enumerate(self.samples):
+            row = {k: v for k, v in vars(sample).items() if k != "pixels"}
+            rows.append({**row, "image": self._file(i)})
+        result = {"config": self.config, "versions": versions(), "samples": rows, "groups": self.groups}
+        result |= {"ledger": self.ledger, "failures": self.failures, "stopped": self.stopped}
+        return _finite(result)
+
+    def _file(self, i: int) -> str:
+        return f"images/{i:05d}-{self.samples[i].arm}-{self.samples[i].seed}.png"
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes images, `grid.png` and, last of all and at once, `result.json`."""
+        folder = Path(folder)
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for i, sample in enumerate(self.samples):
+            info = PngInfo()
+            for key in ("prompt", "seed", "arm", "weight"):
+                info.add_text(key, str(getattr(sample, key)))
+            info.add_text("scores", json.dumps(_finite(sample.scores)))
+            to_pil(sample.pixels).save(folder / self._file(i), pnginfo=info)
+        if self.samples:
+            self.grid().save(folder / "grid.png")
+        partial = folder / "result.json.partial"
+        with partial.open("w") as file:
+            json.dump(self.as_dict(), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / "result.json")
+        return folder
+
+    def grid(self, tile: int | None = None) -> Image.Image:
+        """Unsteered on the left, steered on the right, same seeds in the same places, scores under each image."""
+        prompts = list(dict.fromkeys(s.prompt for s in self.samples))[:MOST_PROMPTS_IN_GRID]
+        arms = [a for a in (PLAIN, STEERED) if self.arm(a)]
+        columns = max(sum(s.prompt == p and s.arm == a for s in self.samples) for p in prompts for a in arms)
+        native = self.samples[0].pixels.shape[-1]
+        tile = tile or max(96, min(native, 256))
+        lines = len(self.samples[0].scores)
+        font, small = ImageFont.load_default(15), ImageFont.load_default(11)
+        pad, gap, title = 6, 28, 26
+        cell = tile + pad
+        height, width = cell + 13 * lines + 6, columns * cell
+        canvas = Image.new("RGB", (gap + len(arms) * (width + gap), title + len(prompts) * (height + title) + pad), "white")
+        draw = ImageDraw.Draw(canvas)
+        for a, arm in enumerate(arms):
+            left = gap + a * (width + gap)
+            draw.text((left, 5), "unsteered" if arm == PLAIN else "steered", "black", font)
+            for p, prompt in enumerate(prompts):
+                top = title + p * (height + title)
+                if a == 0:
+                    draw.text((left, top + 4), prompt[:120], "#555555", small)
+                for c, sample in enumerate(s for s in self.samples if s.prompt == prompt and s.arm == arm):
+                    x, y = left + c * cell, top + 22
+                    image = to_pil(sample.pixels)
+                    resample = Image.Resampling.NEAREST if tile % native == 0 else Image.Resampling.LANCZOS
+                    canvas.paste(image.resize((tile, round(tile * image.height / image.width)), resample), (x, y))
+                    if sample.best and arm == STEERED:
+                        draw.rectangle((x - 2, y - 2, x + tile + 1, y + tile + 1), outline="#2a7d2a", width=2)
+                    for j, (name, value) in enumerate(sample.scores.items()):
+                        shown = "–" if value is None else f"{value:.3g}"
+                        draw.text((x, y + tile + 3 + 13 * j), f"{name[:10]} {shown}", "#333333", small)
+        return canvas
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] to an 8-bit image."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    packages = ("kilter", "torch", "diffusers", "transformers", "open-clip-torch", "peft")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def describe(component: Any) -> Any:
+    """A component as configuration: its class and the constructor arguments it keeps as attributes."""
+    if component is None or isinstance(component, (bool, int, float, str)):
+        return component
+    if isinstance(component, Mapping):
+        return {str(k): describe(v) for k, v in component.items()}
+    if isinstance(component, Sequence):
+        return [describe(v) for v in component]
+    if isinstance(component, (Path, torch.dtype, torch.device)):
+        return str(component)
+    kind = type(component)
+    names = [n for n in inspect.signature(kind.__init__).parameters if n != "self"]
+    arguments = {n: describe(getattr(component, n)) for n in names if hasattr(component, n)}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def prepare_folder(folder: str | Path | None, overwrite: bool = False) -> Path:
+    """Checks, before any work, that results can be written; without a name takes the next free `runs/NNN`.
+
+    Raises:
+        FileExistsError: the folder holds another run.
+        OSError: it cannot be written.
+    """
+    if folder is None:
+        taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
+        folder = Path("runs") / f"{max(taken, default=0) + 1:03d}"
+    folder = Path(folder).expanduser()
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: choose another --out, or pass --overwrite to replace its results")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".kilter"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value

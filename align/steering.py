@@ -1,0 +1,230 @@
+"""`align.steer`: sample with and without steering, score both, and account for every network call."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rewards import Prompt, Reward, Shapes, as_prompts
+from rewards.shapes import parse
+from samplers import Context, Interrupted, Kernel, Ledger, Policy, SeededNoise, Steering, Trajectory, rollout
+from samplers.steering import FREE
+
+from .results import PLAIN, STEERED, Sample, Steered, describe
+
+__all__ = ["row_seed", "steer"]
+
+logger = logging.getLogger("kilter")
+PROMPT_STRIDE = 1 << 16  # seeds between prompts: more than the particles of any run
+
+
+def row_seed(seed: int, prompt: int, particle: int) -> int:
+    """The seed of one sample. The first particle of the first prompt has the run's own seed."""
+    return seed + PROMPT_STRIDE * prompt + particle
+
+
+def steer(
+    policy: Policy,
+    prompts: Sequence[str | Prompt] | str | Prompt,
+    steering: Steering,
+    *,
+    kernel: Kernel | None = None,
+    steps: int | None = None,
+    particles: int = 4,
+    guidance: float | None = None,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    rewards: Sequence[Reward] = (),
+    gold: Reward | Literal["auto"] | None = "auto",
+    plain: bool = True,
+    batch: int = 32,
+    progress: bool = False,
+    watch=None,
+) -> Steered:
+    """Samples each prompt with and without steering, from the same seeds.
+
+    Args:
+        policy: what to sample from.
+        prompts: one or more.
+        steering: how to steer, such as `FeynmanKac(reward, beta=0.1)`.
+        kernel: the noise rule of a step; the policy's own by default.
+        steps: denoising steps; the policy's own by default.
+        particles: K, samples a prompt.
+        guidance: classifier-free guidance scale; the policy's own by default.
+        seed: of the first sample; see `row_seed`.
+        size: (height, width) in pixels; the policy's own by default.
+        rewards: more rewards to score the results by.
+        gold: a reward that is not optimised, reported as "gold". "auto" takes the exact detector of the shapes world if it
+            understands every prompt.
+        plain: also sample without steering, for comparison.
+        batch: samples in flight at a time; whole prompts, so at least `particles`.
+        progress: show a progress bar on standard error.
+        watch: called with the `samplers.Context` after every step.
+
+    Returns:
+        Samples, weights, evidence and the ledger. If a run is interrupted (Ctrl-C) or a reward fails for all samples of a
+        prompt, what there was is returned and `stopped` says why.
+
+    Raises:
+        ValueError: arguments that cannot work, before any network runs.
+    """
+    prompts = _checked(prompts, particles, batch)
+    kernel = kernel or policy.kernel
+    size = size or policy.size  # pyright: ignore
+    shape, levels = policy.shape(size), policy.levels(steps or policy.steps, size)
+    guidance = policy.guidance if guidance is None else guidance
+    gold = _gold(prompts) if gold == "auto" else gold
+    panel = _panel([*steering.rewards(), *rewards], gold)
+    run = _Run(policy, kernel, levels, shape, guidance, steering, particles, seed, panel)
+    config = {
+        "policy": describe(policy), "steering": describe(steering), "kernel": describe(kernel), "steps": levels.steps,
+        "particles": particles, "guidance": guidance, "seed": seed, "size": list(size),
+    }  # fmt: skip
+    result = Steered([], [], {}, config)
+    ledgers = {PLAIN: Ledger(), STEERED: Ledger()}
+    per_chunk = max(1, batch // particles)
+    arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
+    with _bar(progress, len(prompts), per_chunk, levels.steps, arms, watch) as tick:
+        for first in range(0, len(prompts), per_chunk):
+            chunk = prompts[first : first + per_chunk]
+            for arm, how in arms:
+                try:
+                    trajectory = run.sample(chunk, first, how, tick)
+                except Interrupted as stop:
+                    trajectory, result.stopped = stop.trajectory, str(stop)
+                    logger.warning("%s", stop)
+                run.collect(result, trajectory, chunk, first, arm)
+                ledgers[arm] = ledgers[arm] + trajectory.ledger
+                if result.stopped:
+                    break
+            if result.stopped:
+                break
+    result.ledger = {arm: ledger.as_dict() for arm, ledger in ledgers.items() if arm == STEERED or plain}
+    return result
+
+
+class _Run:
+    """What stays the same over the chunks and arms of one call."""
+
+    def __init__(self, policy, kernel, levels, shape, guidance, steering, particles, seed, panel) -> None:
+        self.policy, self.kernel, self.levels, self.shape, self.guidance = policy, kernel, levels, shape, guidance
+        self.steering, self.particles, self.seed, self.panel = steering, particles, seed, panel
+
+    def seeds(self, prompts: int, first: int) -> list[int]:
+        return [row_seed(self.seed, first + p, k) for p in range(prompts) for k in range(self.particles)]
+
+    def sample(self, prompts: list[Prompt], first: int, steering: Steering, tick) -> Trajectory:
+        cond = self.policy.encode(prompts).with_guidance(self.guidance)
+        noise = SeededNoise(self.seeds(len(prompts), first), self.shape, device=self.policy.device)
+        how = {"particles": self.particles, "prompts": prompts, "steering": steering, "watch": tick}
+        return rollout(self.policy, self.kernel, cond, self.levels, noise, **how)
+
+    def collect(self, result: Steered, trajectory: Trajectory, prompts: list[Prompt], first: int, arm: str) -> None:
+        """Decodes and scores what a rollout made, and adds it to the result."""
+        k = self.particles
+        media = trajectory.media
+        if media is None:
+            with torch.no_grad(), trajectory.ledger.spend("decode", len(trajectory.x0), trajectory.x0.device):
+                media = self.policy.decode(trajectory.x0)
+        scores = self._scores(media, [p for p in prompts for _ in range(k)], trajectory, result)
+        weights = trajectory.weights.flatten().tolist()
+        main = next((name for name in scores if name != "gold"), None)
+        best = trajectory.best.tolist() if arm == STEERED and trajectory.rewards is not None else None
+        for p, prompt in enumerate(prompts):
+            rows = range(p * k, p * k + k)
+            if best is None and main is not None:
+                chosen = max(rows, key=lambda row: -math.inf if (s := scores[main][row]) is None else s) - p * k
+            else:
+                chosen = best[p] if best is not None else 0
+            for row in rows:
+                values = {name: column[row] for name, column in scores.items()}
+                seed = row_seed(self.seed, first + p, row - p * k)
+                sample = Sample(prompt.text, seed, arm, media[row].cpu(), values, weights[row], row - p * k == chosen)
+                result.samples.append(sample)
+            if arm == STEERED:
+                result.groups.append(
+                    {
+                        "prompt": prompt.text,
+                        "log_z": float(trajectory.log_z[p]),
+                        "ess": trajectory.ess[p].tolist(),
+                        "unique_ancestors": int(trajectory.unique_ancestors[p]),
+                        "ancestors": trajectory.ancestors[p].tolist(),
+                        "selected_at": list(trajectory.selected_at),
+                    }
+                )
+
+    def _scores(self, media: Tensor, prompts: list[Prompt], trajectory: Trajectory, result: Steered) -> dict[str, list]:
+        known = self.steering.rewards()
+        columns = {}
+        for name, reward in self.panel.items():
+            if trajectory.rewards is not None and len(known) == 1 and reward is known[0]:
+                values = trajectory.rewards.flatten()
+            else:
+                with torch.no_grad(), trajectory.ledger.spend("reward", len(media), media.device):
+                    values = reward(media, prompts)
+                failed = int(values.isnan().sum())
+                if failed:
+                    result.failures[name] = result.failures.get(name, 0) + failed
+            columns[name] = [v if math.isfinite(v) else None for v in values.tolist()]
+        for name, failed in trajectory.failures.items():
+            result.failures[name] = result.failures.get(name, 0) + failed
+        return columns
+
+
+def _checked(prompts: Any, particles: int, batch: int) -> list[Prompt]:
+    prompts = as_prompts(prompts)
+    if not prompts:
+        raise ValueError("no prompts: pass at least one")
+    empty = [i for i, p in enumerate(prompts) if not p.text.strip()]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} is empty")
+    if not 1 <= particles < PROMPT_STRIDE:
+        raise ValueError(f"particles must lie in 1 … {PROMPT_STRIDE - 1}; got {particles}")
+    if batch < 1:
+        raise ValueError(f"batch must be ≥ 1; got {batch}")
+    return prompts
+
+
+def _gold(prompts: list[Prompt]) -> Reward | None:
+    try:
+        for prompt in prompts:
+            parse(prompt.text)
+    except ValueError:
+        return None
+    return Shapes()
+
+
+def _panel(rewards: list[Reward], gold: Reward | None) -> dict[str, Reward]:
+    panel: dict[str, Reward] = {}
+    for reward in {id(r): r for r in rewards}.values():
+        name, n = reward.name, 2
+        while name in panel:
+            name, n = f"{reward.name}-{n}", n + 1
+        panel[name] = reward
+    return panel if gold is None else {**panel, "gold": gold}
+
+
+@contextmanager
+def _bar(show: bool, prompts: int, per_chunk: int, steps: int, arms: list, watch) -> Iterator:
+    """A callback for every step: the progress bar, with the mean reward and the effective sample size, and `watch`."""
+    from tqdm import tqdm
+
+    total = math.ceil(prompts / per_chunk) * steps * len(arms)
+    with tqdm(total=total, disable=not show, unit="step", dynamic_ncols=True) as bar:
+
+        def tick(ctx: Context) -> None:
+            if not ctx.final:
+                bar.update()
+            if ctx.ess and "reward" in ctx.rows:
+                reward = ctx.rows["reward"].mean().item()
+                bar.set_postfix(reward=f"{reward:.3g}", ess=f"{ctx.ess[-1].mean().item():.1f}", refresh=False)
+            if watch is not None:
+                watch(ctx)
+
+        yield tick
