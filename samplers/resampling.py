@@ -220,10 +220,7 @@ def _count(mass: Tensor, points: Tensor, where: Tensor | None = None) -> Tensor:
 
 
 def _invert(mass: Tensor, points: Tensor) -> Tensor:
-    """Inverse CDF of `mass` (P, K) stretched to [0, K) at `points` (P, n). Never an index without mass.
-
-    The points are below K: the largest float64 U < 1 times K rounds down.
-    """
+    """Inverse CDF of `mass` (P, K) stretched to [0, K) at `points` (P, n) below K. Never an index without mass."""
     size = mass.shape[1]
     cumulated = mass.cumsum(dim=1)
     cumulated = size * (cumulated / cumulated[:, -1:])  # ends at exactly K from the last living particle on
