@@ -179,7 +179,8 @@ class FeynmanKac(Steering):
     def _value(self, ctx: Context) -> Tensor:
         """(P, K) float64 on the CPU: the reward of each clean estimate; −∞ (a dead particle) where it could not be judged."""
         reward = self._need_reward()
-        if ctx.final or self.draws == 1:
+        estimate = self.draws == 1 and ctx.clean.eps is not None  # tokens have no mean: their estimate is a draw
+        if ctx.final or estimate:
             scores = ctx.score(reward).double()
         else:
             drawn = [ctx.score_of(ctx.posterior_draw(j), reward).double() for j in range(self.draws)]
