@@ -4,8 +4,8 @@ A reward is a frozen network (or a rule) that owns its preprocessing. A subclass
 everything every reward must do alike stands here once: checking the media and the prompts, refusing a gradient it
 cannot give, float32 scores, and NaN (never a number) for a sample that could not be judged.
 
-Media are float tensors with values in [0, 1]: images (B, 3, H, W), video (B, F, 3, H, W); audio is (B, C, N) in [-1,
-1]; tokens are integer (B, L).
+Media are float tensors with values in [0, 1]: images (B, 3, H, W), video (B, F, 3, H, W); audio is (B, C, N) in
+[-1, 1]; tokens are integer (B, L).
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class DualEncoder(Reward):
         """Warns that the end of a prompt is not read."""
         if tokens > limit:
             warnings.warn(
-                f"{self.name} reads {limit} tokens: {tokens - limit} of {tokens} were cut from the end of {text[:60]!r}...",
+                f"{self.name} reads {limit} tokens: the last {tokens - limit} of {tokens} are cut in {text[:60]!r}...",
                 stacklevel=2,
             )
 
@@ -223,6 +223,7 @@ class CLIPScore(DualEncoder):
             raise ValueError(f"{self.name} cannot feed NaFlex SigLIP 2 ({model!r}): use a checkpoint of fixed size")
         with loading(source, "the tokenizer (tokenizer.json) and preprocessor_config.json"):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(expand(source))
+            check_tokenizer(self.tokenizer)
             images = AutoImageProcessor.from_pretrained(expand(source))
         self.siglip, self.lowercase = kind == "siglip", lowercase
         self.max_length = min(self.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
@@ -248,7 +249,7 @@ class CLIPScore(DualEncoder):
 
 
 class PickScore(CLIPScore):
-    """PickScore v1: which of two images people prefer for a prompt (Kirstain et al. 2023, arXiv 2305.01569).
+    """PickScore v1: which image people prefer for a prompt (Kirstain et al. 2023, arXiv 2305.01569).
 
     The logit of a CLIP ViT-H/14 tuned on Pick-a-Pic, about 18 to 24; compare within one prompt. Native size 224 pixels,
     differentiable unless `quantize` is "hard". Known to be gamed by glossy, saturated, high-contrast images.
@@ -381,6 +382,16 @@ def pooled(output: Any) -> Tensor:
 def expand(name: str) -> str:
     """Resolves a leading ~; hub ids pass."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuses the empty tokenizer that transformers 5 makes up for want of its files: it reads every prompt alike.
+
+    Raises:
+        OSError: the vocabulary holds special tokens only.
+    """
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise OSError("the tokenizer's files are missing: it knows no words")
 
 
 @contextmanager

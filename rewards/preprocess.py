@@ -2,12 +2,14 @@
 
 The published numbers of every image reward were made by resizing 8-bit images in PIL. The same on float tensors is
 
-1. resize with the antialiased kernel of PIL (cubic convolution with a = -0.5; without antialiasing torch uses a =
-   -0.75), first along the width, then along the height, clamping to [0, 1] after *each* pass: PIL stores 8-bit values
-   between the two, which cuts the overshoots of the cubic kernel. (Pillow 13 shrinks tall images along the height
-   first; older releases, which made the published numbers, and torch's 8-bit kernel always start with the width, and so
-do we.) 2. crop or pad around the centre;
+1. resize with the antialiased kernel of PIL (cubic convolution with a = -0.5; without antialiasing torch uses -0.75),
+   first along the width, then along the height, clamping to [0, 1] after *each* pass: PIL stores 8-bit values between
+   the two, which cuts the overshoots of the cubic kernel;
+2. crop or pad around the centre;
 3. normalise: (x - mean) / std.
+
+(Pillow 13 shrinks tall images along the height first. Older releases, which made the published numbers, and torch's
+8-bit kernel always start with the width, and so do we.)
 
 What remains is PIL's rounding: half a level a pass, at most 1.15 levels in all. With `quantize="hard"` or `"ste"` the
 rounding of the input and of both passes is imitated too, and nearly every pixel is equal.

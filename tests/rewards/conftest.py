@@ -1,0 +1,20 @@
+from pathlib import Path
+
+import pytest
+
+from tests.rewards import tiny
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save_clip(tmp_path_factory.mktemp("clip")))
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save_siglip(tmp_path_factory.mktemp("siglip")))
+
+
+@pytest.fixture(scope="session")
+def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_open_clip(tmp_path_factory.mktemp("open_clip"))
