@@ -1,0 +1,142 @@
+"""Which steering helps, on the gold reward that none of them optimises, at equal network evaluations.
+
+Every arm steers the embedded model by the embedded reward on held-out prompts from the same seeds. A gradient counts as two more
+network evaluations (its backward pass), so guided arms get a third of the particles. From each population the particle with the
+highest proxy is taken, as a user would; "plain" is the average unsteered sample. Intervals are 95 % paired bootstraps over prompts.
+
+    python benchmarks/steer_shapes.py [--prompts 60] [--particles 9] [--beta 0.2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import align
+from rewards import CrossEncoder
+from samplers import SVDD, BestOfN, Compose, FeynmanKac, Guided
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def arms(reward, beta: float, particles: int) -> dict:
+    """Name → (steering, particles)."""
+    third = max(1, particles // 3)
+    return {
+        "best-of-N": (BestOfN(reward), particles),
+        "FK difference": (FeynmanKac(reward, beta), particles),
+        "FK max": (FeynmanKac(reward, beta, "max", every=4, start=0.2, stop=0.8), particles),
+        "SVDD": (SVDD(reward, beta), particles),
+        "guided": (Guided(reward, 1 / beta), third),
+        "guided + FK": (Compose(Guided(reward, 1 / beta), FeynmanKac(reward, beta)), third),
+    }
+
+
+def spread(population: torch.Tensor) -> float:
+    """Root mean square pixel distance between the particles of a population (K, 3, H, W)."""
+    if len(population) < 2:
+        return float("nan")
+    flat = population.flatten(1)
+    return float(torch.pdist(flat).square().mean().sqrt() / flat.shape[1] ** 0.5)
+
+
+def measure(policy, reward, prompts, steering, particles, seed) -> dict[str, np.ndarray]:
+    """One arm: per-prompt proxy and gold of the taken sample, unique ancestors, pixel spread; and its cost."""
+    begin = time.perf_counter()
+    result = align.steer(policy, prompts, steering, particles=particles, plain=False, seed=seed, rewards=[reward], progress=True)
+    seconds = time.perf_counter() - begin
+    populations = [result.arm()[i : i + particles] for i in range(0, len(result.arm()), particles)]
+    taken = [next(s for s in population if s.best) for population in populations]
+    spent = result.ledger["steered"]
+    return {
+        "proxy": np.array([s.scores[reward.name] for s in taken]),
+        "gold": np.array([s.scores["gold"] for s in taken]),
+        "proxy_all": np.array([np.mean([s.scores[reward.name] for s in p]) for p in populations]),
+        "gold_all": np.array([np.mean([s.scores["gold"] for s in p]) for p in populations]),
+        "ancestors": np.array([g["unique_ancestors"] for g in result.groups]),
+        "spread": np.array([spread(torch.stack([s.pixels for s in p])) for p in populations]),
+        "nfe": spent["network_evaluations"] + 4 * spent["gradients"],  # both branches of guidance are differentiated
+        "seconds": seconds,
+    }
+
+
+def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over prompts."""
+    means = rng.choice(values, (4000, len(values))).mean(1)
+    return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def table(measured: dict[str, dict], baseline: str) -> str:
+    """Markdown, with paired differences to the baseline arm."""
+    rng = np.random.default_rng(0)
+    rows = [
+        "| arm | NFE a prompt | proxy | gold | gold − best-of-N (95 %) | gold of all | ancestors | pixel spread | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, m in measured.items():
+        low, high = interval(m["gold"] - measured[baseline]["gold"], rng)
+        gap = "–" if name == baseline else f"{(m['gold'] - measured[baseline]['gold']).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        rows.append(
+            f"| {name} | {m['nfe'] / len(m['gold']):.0f} | {m['proxy'].mean():.3f} | {m['gold'].mean():.3f} | {gap} "
+            f"| {m['gold_all'].mean():.3f} | {m['ancestors'].mean():.1f} | {np.nanmean(m['spread']):.3f} | {m['seconds']:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def plot(measured: dict[str, dict], path: Path) -> None:
+    """Proxy against gold of the taken samples, with intervals over prompts."""
+    rng = np.random.default_rng(0)
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for name, m in measured.items():
+        (x_low, x_high), (y_low, y_high) = interval(m["proxy"], rng), interval(m["gold"], rng)
+        x, y = m["proxy"].mean(), m["gold"].mean()
+        axes.errorbar(x, y, xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]], fmt="o", capsize=2, label=name)
+    axes.set_xlabel("proxy reward (optimised)")
+    axes.set_ylabel("gold reward (not optimised)")
+    axes.set_title("Steering at equal network evaluations", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--particles", type=int, default=9)
+    parser.add_argument("--beta", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="names of arms, for a quick look; writes nothing")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in (ROOT / "assets/prompts/heldout.jsonl").read_text().splitlines()]
+    prompts = [row["prompt"] for row in rows[:: max(1, len(rows) // options.prompts)]][: options.prompts]
+    policy, reward = align.load_policy(), CrossEncoder()
+    measured: dict[str, dict] = {}
+    for name, (steering, particles) in arms(reward, options.beta, options.particles).items():
+        if options.only and name not in options.only:
+            continue
+        measured[name] = measure(policy, reward, prompts, steering, particles, options.seed)
+        if name == "best-of-N":  # the same samples before the choice
+            m = measured[name]
+            measured = {"plain": {**m, "proxy": m["proxy_all"], "gold": m["gold_all"]}, **measured}
+        print(table(measured, "best-of-N") if "best-of-N" in measured else table(measured, name))
+    if options.only:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "steer_shapes.md").write_text(table(measured, "best-of-N") + "\n")
+    values = {name: {k: np.asarray(v).tolist() for k, v in m.items()} for name, m in measured.items()}
+    (RESULTS / "steer_shapes.json").write_text(json.dumps({"options": vars(options), "prompts": prompts, "arms": values}) + "\n")
+    plot(measured, RESULTS / "steer_shapes.png")
+
+
+if __name__ == "__main__":
+    main()
