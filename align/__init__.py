@@ -1,11 +1,12 @@
+# ruff: noqa: E402 — the guard must run before anything is imported from the siblings
 """kilter: align generative models with rewards, by steering the sampling or training the weights.
 
-    import align, rewards, samplers
+import align, rewards, samplers
 
-    policy = align.load_policy()                                   # the embedded model, a folder or a hub id
-    reward = rewards.CrossEncoder()
-    result = align.steer(policy, "a red circle left of a blue square", samplers.FeynmanKac(reward, beta=0.1))
-    result.save("out")
+policy = align.load_policy()                                   # the embedded model, a folder or a hub id
+reward = rewards.CrossEncoder()
+result = align.steer(policy, "a red circle left of a blue square", samplers.FeynmanKac(reward, beta=0.1))
+result.save("out")
 """
 
 import rewards

@@ -36,7 +36,9 @@ class Parser(ArgumentParser):
     """Names the nearest valid word in errors about unknown ones."""
 
     def error(self, message: str, ex: Exception | None = None):  # type: ignore[override]
-        unknown = re.findall(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)'|import path string: '?([\w.]+)", message)
+        unknown = re.findall(
+            r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)'|import path string: '?([\w.]+)", message
+        )
         words = [word for groups in unknown for word in groups if word]
         for word in words:
             if near := difflib.get_close_matches(word, self._vocabulary(), 1, 0.6):
@@ -55,7 +57,9 @@ class Parser(ArgumentParser):
 def concrete(base: type) -> list[type]:
     """Every class one can choose for a base class, by name."""
     found = {cls for cls in _subclasses(base) if not inspect.isabstract(cls) and not cls.__name__.startswith("_")}
-    return sorted((cls for cls in found if cls.__module__.split(".")[0] in ("rewards", "samplers")), key=lambda c: c.__name__)
+    return sorted(
+        (cls for cls in found if cls.__module__.split(".")[0] in ("rewards", "samplers")), key=lambda c: c.__name__
+    )
 
 
 def _subclasses(base: type) -> list[type]:
@@ -77,7 +81,10 @@ def build_parser() -> Parser:
     steer.add_argument("--dtype", type=Optional[Literal["float32", "float16", "bfloat16"]], help="of the networks")
     steer.add_argument("--reward", type=Reward, default={"class_path": "CrossEncoder"}, help="what to steer by")
     steer.add_argument(
-        "--steering", type=Steering, default={"class_path": "FeynmanKac", "init_args": {"beta": 0.2}}, help="how to steer"
+        "--steering",
+        type=Steering,
+        default={"class_path": "FeynmanKac", "init_args": {"beta": 0.2}},
+        help="how to steer",
     )
     steer.add_argument("--kernel", type=Optional[Kernel], help="noise rule of a step; the model's own by default")
     steer.add_argument("--panel", type=Optional[list[Reward]], help="more rewards to score the results by")
@@ -96,7 +103,9 @@ def build_parser() -> Parser:
     score = Parser(description="Score image files.")
     score.add_argument("--config", action=ActionConfigFile, help="YAML with any of these options")
     score.add_argument("images", nargs="+", type=str, help="image files")
-    score.add_argument("--prompts", nargs="+", type=str, default=[], help="one for all, one an image, or a file of prompts")
+    score.add_argument(
+        "--prompts", nargs="+", type=str, default=[], help="one for all, one an image, or a file of prompts"
+    )
     score.add_argument("--reward", type=Reward, default={"class_path": "CrossEncoder"}, help="what to score by")
     score.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …")
     score.add_argument("--batch", type=int, default=32, help="images at a time")
@@ -167,7 +176,10 @@ def _summary(result: Any, out: Path) -> None:
     names = list(dict.fromkeys(name for s in result.samples for name in s.scores))
     for name in names:
         plain, steered = (result.mean(name, arm) for arm in ("plain", "steered"))
-        print(f"{name:>16}  unsteered {plain:7.3f}  steered {steered:7.3f}  best {result.mean(name, best=True):7.3f}", file=sys.stderr)
+        print(
+            f"{name:>16}  unsteered {plain:7.3f}  steered {steered:7.3f}  best {result.mean(name, best=True):7.3f}",
+            file=sys.stderr,
+        )
     for name, count in result.failures.items():
         print(f"{name} could not judge {count} samples: they were left out", file=sys.stderr)
     print(f"wrote {out}/grid.png, {out}/result.json", file=sys.stderr)

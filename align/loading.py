@@ -74,7 +74,9 @@ def _pipeline_config(model: str | Path) -> Mapping[str, Any]:
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
-            raise FileNotFoundError(f"{folder} holds no model_index.json: expected a folder saved by a diffusers pipeline")
+            raise FileNotFoundError(
+                f"{folder} holds no model_index.json: expected a folder saved by a diffusers pipeline"
+            )
         try:
             config = json.loads(index.read_text())
         except json.JSONDecodeError as error:
@@ -90,7 +92,9 @@ def _pipeline_config(model: str | Path) -> Mapping[str, Any]:
         config = DiffusionPipeline.load_config(str(model))
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{model} is neither a folder here nor a model that the hub could give: {reason}") from error
+        raise FileNotFoundError(
+            f"{model} is neither a folder here nor a model that the hub could give: {reason}"
+        ) from error
     assert isinstance(config, dict)
     return config
 
@@ -98,7 +102,11 @@ def _pipeline_config(model: str | Path) -> Mapping[str, Any]:
 def _missing_parts(folder: Path, config: Mapping[str, Any]) -> list[str]:
     missing = []
     for name, entry in config.items():
-        if name in ("safety_checker", "feature_extractor", "image_encoder") or not isinstance(entry, list) or not entry[0]:
+        if (
+            name in ("safety_checker", "feature_extractor", "image_encoder")
+            or not isinstance(entry, list)
+            or not entry[0]
+        ):
             continue
         part = folder / name
         files = [f.name for f in part.iterdir()] if part.is_dir() else []

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,9 @@ class Steered:
         pad, gap, title = 6, 28, 26
         cell = tile + pad
         height, width = cell + 13 * lines + 6, columns * cell
-        canvas = Image.new("RGB", (gap + len(arms) * (width + gap), title + len(prompts) * (height + title) + pad), "white")
+        canvas = Image.new(
+            "RGB", (gap + len(arms) * (width + gap), title + len(prompts) * (height + title) + pad), "white"
+        )
         draw = ImageDraw.Draw(canvas)
         for a, arm in enumerate(arms):
             left = gap + a * (width + gap)
@@ -179,7 +181,9 @@ def prepare_folder(folder: str | Path | None, overwrite: bool = False) -> Path:
         folder = Path("runs") / f"{max(taken, default=0) + 1:03d}"
     folder = Path(folder).expanduser()
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: choose another --out, or pass --overwrite to replace its results")
+        raise FileExistsError(
+            f"{folder} is not empty: choose another --out, or pass --overwrite to replace its results"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".kilter"

@@ -16,7 +16,9 @@ __all__ = ["load_image", "score"]
 Media = Tensor | Sequence[str | Path | Image.Image | Tensor]
 
 
-def score(reward: Reward, media: Media, prompts: Sequence[str | Prompt] | str | Prompt = (), *, batch: int = 32) -> Scores:
+def score(
+    reward: Reward, media: Media, prompts: Sequence[str | Prompt] | str | Prompt = (), *, batch: int = 32
+) -> Scores:
     """Scores images or a batch of media.
 
     Args:
@@ -62,7 +64,9 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.load()
-            image = file.convert("RGBA") if "A" in file.getbands() or "transparency" in file.info else file.convert("RGB")
+            image = (
+                file.convert("RGBA") if "A" in file.getbands() or "transparency" in file.info else file.convert("RGB")
+            )
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
     if image.mode == "RGBA":

@@ -53,7 +53,9 @@ def spread(population: torch.Tensor) -> float:
 def measure(policy, reward, prompts, steering, particles, seed) -> dict[str, np.ndarray]:
     """One arm: per-prompt proxy and gold of the taken sample, unique ancestors, pixel spread; and its cost."""
     begin = time.perf_counter()
-    result = align.steer(policy, prompts, steering, particles=particles, plain=False, seed=seed, rewards=[reward], progress=True)
+    result = align.steer(
+        policy, prompts, steering, particles=particles, plain=False, seed=seed, rewards=[reward], progress=True
+    )
     seconds = time.perf_counter() - begin
     populations = [result.arm()[i : i + particles] for i in range(0, len(result.arm()), particles)]
     taken = [next(s for s in population if s.best) for population in populations]
@@ -85,7 +87,11 @@ def table(measured: dict[str, dict], baseline: str) -> str:
     ]
     for name, m in measured.items():
         low, high = interval(m["gold"] - measured[baseline]["gold"], rng)
-        gap = "–" if name == baseline else f"{(m['gold'] - measured[baseline]['gold']).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        gap = (
+            "–"
+            if name == baseline
+            else f"{(m['gold'] - measured[baseline]['gold']).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
         rows.append(
             f"| {name} | {m['nfe'] / len(m['gold']):.0f} | {m['proxy'].mean():.3f} | {m['gold'].mean():.3f} | {gap} "
             f"| {m['gold_all'].mean():.3f} | {m['ancestors'].mean():.1f} | {np.nanmean(m['spread']):.3f} | {m['seconds']:.0f} |"
@@ -100,7 +106,9 @@ def plot(measured: dict[str, dict], path: Path) -> None:
     for name, m in measured.items():
         (x_low, x_high), (y_low, y_high) = interval(m["proxy"], rng), interval(m["gold"], rng)
         x, y = m["proxy"].mean(), m["gold"].mean()
-        axes.errorbar(x, y, xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]], fmt="o", capsize=2, label=name)
+        axes.errorbar(
+            x, y, xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]], fmt="o", capsize=2, label=name
+        )
     axes.set_xlabel("proxy reward (optimised)")
     axes.set_ylabel("gold reward (not optimised)")
     axes.set_title("Steering at equal network evaluations", loc="left")
@@ -134,7 +142,9 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "steer_shapes.md").write_text(table(measured, "best-of-N") + "\n")
     values = {name: {k: np.asarray(v).tolist() for k, v in m.items()} for name, m in measured.items()}
-    (RESULTS / "steer_shapes.json").write_text(json.dumps({"options": vars(options), "prompts": prompts, "arms": values}) + "\n")
+    (RESULTS / "steer_shapes.json").write_text(
+        json.dumps({"options": vars(options), "prompts": prompts, "arms": values}) + "\n"
+    )
     plot(measured, RESULTS / "steer_shapes.png")
 
 

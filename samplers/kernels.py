@@ -72,7 +72,9 @@ class Kernel(ABC):
         if self.noisy_steps is None:
             return std
         if len(self.noisy_steps) != levels.steps:
-            raise ValueError(f"noisy_steps needs one entry a step: got {len(self.noisy_steps)} for {levels.steps} steps")
+            raise ValueError(
+                f"noisy_steps needs one entry a step: got {len(self.noisy_steps)} for {levels.steps} steps"
+            )
         return std * torch.tensor(self.noisy_steps, dtype=std.dtype)
 
     def diversifies(self, levels: Levels) -> bool:

@@ -59,5 +59,10 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """For result files."""
-        names = {"network": "network_evaluations", "decode": "decodes", "reward": "reward_calls", "gradient": "gradients"}
+        names = {
+            "network": "network_evaluations",
+            "decode": "decodes",
+            "reward": "reward_calls",
+            "gradient": "gradients",
+        }
         return {**{names[on]: n for on, n in self.counts.items()}, "seconds": self.seconds}

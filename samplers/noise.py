@@ -87,7 +87,9 @@ class NoiseBank(nn.Module):
 
     def forward(self, i: int) -> Tensor:
         if not 0 <= i < len(self.tensors):
-            raise IndexError(f"the bank holds noise 0 … {len(self.tensors) - 1}; a run of T steps asks for 0 … T, got {i}")
+            raise IndexError(
+                f"the bank holds noise 0 … {len(self.tensors) - 1}; a run of T steps asks for 0 … T, got {i}"
+            )
         return self.tensors[i]
 
 

@@ -140,7 +140,9 @@ class FeynmanKac(Steering):
         per_group = ctx.particles // width
         generators = [g for g in ctx.generators() for _ in range(per_group)]
         chosen = torch.arange(width).expand(len(families), width).clone()
-        chosen[due] = resample(families[due], self.resampler, [g for g, d in zip(generators, due.tolist(), strict=True) if d])
+        chosen[due] = resample(
+            families[due], self.resampler, [g for g, d in zip(generators, due.tolist(), strict=True) if d]
+        )
         level = torch.where(due[:, None], log_mean_exp(families.where(due[:, None], 0.0))[:, None], families)
         ctx.log_w = level.reshape(ctx.groups, ctx.particles)
         offsets = (torch.arange(per_group) * width).repeat(ctx.groups)[:, None]
@@ -190,7 +192,9 @@ class FeynmanKac(Steering):
         if bool(failed.any()):
             ctx.failures[reward.name] = ctx.failures.get(reward.name, 0) + int(failed.sum())
             if bool(failed.all(1).any()):
-                prompt = next((p.text for p, f in zip(ctx.prompts[:: ctx.particles], failed.all(1), strict=False) if f), "")
+                prompt = next(
+                    (p.text for p, f in zip(ctx.prompts[:: ctx.particles], failed.all(1), strict=False) if f), ""
+                )
                 raise RewardFailed(f"{reward.name} could judge no sample of {prompt!r} at step {ctx.step}")
         value = value.masked_fill(failed, -torch.inf)
         ctx.rows["reward"] = value
@@ -212,9 +216,13 @@ class FeynmanKac(Steering):
 
     def _refuse_degenerate(self, ctx: Context) -> None:
         if bool(ctx.log_w.isnan().any()):
-            raise RewardFailed(f"{self._need_reward().name} led to NaN weights at step {ctx.step}: is it finite everywhere?")
+            raise RewardFailed(
+                f"{self._need_reward().name} led to NaN weights at step {ctx.step}: is it finite everywhere?"
+            )
         if bool((ctx.log_w.amax(1) == -torch.inf).any()):
-            raise RewardFailed(f"every particle of a prompt is dead at step {ctx.step}: {self._need_reward().name} gave −∞ or NaN")
+            raise RewardFailed(
+                f"every particle of a prompt is dead at step {ctx.step}: {self._need_reward().name} gave −∞ or NaN"
+            )
 
 
 class BestOfN(FeynmanKac):

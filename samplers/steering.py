@@ -256,7 +256,9 @@ class Guided(Steering):
                 "use FeynmanKac, SVDD or BestOfN, or a differentiable reward"
             )
         if not ctx.kernel.diversifies(ctx.levels):
-            raise ValueError("Guided tilts stochastic steps, and this kernel has none: use DDIM(eta=1), CPS or an SDE kernel")
+            raise ValueError(
+                "Guided tilts stochastic steps, and this kernel has none: use DDIM(eta=1), CPS or an SDE kernel"
+            )
 
     def propose(self, ctx: Context, base: Transition) -> Transition:
         if not base.stochastic or not self.start <= ctx.step / ctx.levels.steps < self.stop:

@@ -68,7 +68,9 @@ def save_tokenizer(folder):
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
 
 
-def build_pipeline(folder, *, scheduler=None, guidance_embedding: bool = False, pipeline: str = "StableDiffusionPipeline"):
+def build_pipeline(
+    folder, *, scheduler=None, guidance_embedding: bool = False, pipeline: str = "StableDiffusionPipeline"
+):
     """A random StableDiffusion pipeline of the real classes, small enough for a test, ready to be saved."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -109,7 +111,9 @@ def build_pipeline(folder, *, scheduler=None, guidance_embedding: bool = False, 
         )
     scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
-    return getattr(diffusers, pipeline)(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return getattr(diffusers, pipeline)(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 @pytest.fixture(scope="session")

@@ -57,9 +57,18 @@ def run(steering, groups, particles, *, seed=0, policy=None, levels=None, kernel
     if policy is None:
         policy, levels, _, _ = chain()
     g = torch.Generator().manual_seed(seed)
-    noise = noise or NoiseBank([torch.randn(groups * particles, 1, generator=g, dtype=torch.float64) for _ in range(STEPS + 1)])
+    noise = noise or NoiseBank(
+        [torch.randn(groups * particles, 1, generator=g, dtype=torch.float64) for _ in range(STEPS + 1)]
+    )
     return rollout(
-        policy, kernel or DDIM(1.0), policy.encode([""] * groups), levels, noise, particles=particles, steering=steering, **options
+        policy,
+        kernel or DDIM(1.0),
+        policy.encode([""] * groups),
+        levels,
+        noise,
+        particles=particles,
+        steering=steering,
+        **options,
     )
 
 
@@ -73,7 +82,10 @@ def z_score(values, expected):
 @pytest.mark.parametrize("resampler", sorted(UNBIASED | {"none"}))
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_evidence_is_unbiased(potential, resampler, threshold, guided):
-    reward, beta = Linear(), 3.0 if potential == "sum" else 1.0  # a running sum over-tilts: heavy tails at low temperature
+    reward, beta = (
+        Linear(),
+        3.0 if potential == "sum" else 1.0,
+    )  # a running sum over-tilts: heavy tails at low temperature
     policy, levels, mean, var = chain()
     steering = FeynmanKac(reward, beta, potential, resampler, threshold, every=2, start=0.2)
     if guided:
@@ -98,7 +110,9 @@ def test_evidence_is_unbiased_at_any_population_and_tempering(particles, temperi
 @pytest.mark.parametrize("potential", ["difference", "max", "terminal"])
 def test_large_populations_reach_the_tilted_mean_and_variance(potential):
     policy, levels, mean, var = chain()
-    ended = run(FeynmanKac(Linear(), 0.5, potential, every=2, start=0.2), 40, 2000, policy=policy, levels=levels, seed=1)
+    ended = run(
+        FeynmanKac(Linear(), 0.5, potential, every=2, start=0.2), 40, 2000, policy=policy, levels=levels, seed=1
+    )
     x = ended.x0.view(40, 2000)
     first = (ended.weights * x).sum(1)
     second = (ended.weights * x.square()).sum(1) - first.square()
@@ -180,7 +194,9 @@ def test_potentials_telescope(potential, tempering):
     """Without resampling every potential ends at r(x0)/beta, lineage by lineage."""
     reward, beta = Linear(1.7), 0.3
     ended = run(FeynmanKac(reward, beta, potential, resampler="none", tempering=tempering), 5, 4)
-    assert torch.allclose(ended.log_w, (reward.a / beta) * ended.x0.view(5, 4), rtol=1e-6, atol=1e-6)  # scores are float32
+    assert torch.allclose(
+        ended.log_w, (reward.a / beta) * ended.x0.view(5, 4), rtol=1e-6, atol=1e-6
+    )  # scores are float32
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0])

@@ -1,0 +1,115 @@
+"""The laws of the repository: who may import whom, one loop, configs that load, nothing public without test and README row."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rewards
+import samplers
+from align.cli import COMPONENTS, build_parser, concrete
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("rewards", "samplers", "align")
+SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+HEAVY = {"diffusers", "transformers", "open_clip", "gradio", "matplotlib", "peft", "accelerate", "datasets"}
+SHARED = {"base", "preprocess"}  # what every reward backend may use
+
+
+def imports(path: Path, top_level: bool = False) -> set[str]:
+    """Absolute names of the modules a file imports."""
+    tree = ast.parse(path.read_text())
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    found = set()
+    nodes = tree.body if top_level else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            found.add(".".join([*base, node.module] if node.module else base))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_flow_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    forbidden = {"rewards": {"samplers", "align"}, "samplers": {"align"}, "align": set()}[package]
+    used = imports(path)
+    assert not {name.split(".")[0] for name in used} & forbidden
+    if package == "samplers":
+        assert {name for name in used if name.split(".")[0] == "rewards"} <= {"rewards.base"}
+    if path.parent.name == "families" and path.stem != "__init__":
+        assert not {name for name in used if name.startswith("samplers.families.")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_libraries_are_imported_where_they_are_used(path):
+    assert not {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY
+
+
+def test_reward_backends_do_not_import_one_another():
+    for path in (ROOT / "rewards").glob("*.py"):
+        if path.stem != "__init__":
+            siblings = {name.split(".")[1] for name in imports(path) if name.startswith("rewards.")}
+            assert siblings <= SHARED, f"{path.name} imports {siblings - SHARED}"
+
+
+def test_importing_loads_nothing_heavy_and_is_quick():
+    code = "import time, torch, sys; t = time.perf_counter(); import rewards; print(time.perf_counter() - t);"
+    code += f"import samplers, align; print(sorted({HEAVY!r} & set(sys.modules)))"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    seconds = min(float(r.stdout.splitlines()[0]) for r in runs)
+    assert seconds < 0.2
+    assert runs[0].stdout.splitlines()[1] == "[]"
+
+
+def test_one_denoising_loop():
+    """No loop but the rollout's asks a policy, a network or a pipeline for the next estimate, or steps a scheduler."""
+    asks = {"denoise", "predict", "unet", "network"}
+    for path in SOURCES + sorted((ROOT / "assets").rglob("*.py")):
+        loops = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.For, ast.While))]
+        for loop in loops:
+            over = ast.unparse(loop.iter) if isinstance(loop, ast.For) else ""
+            calls = {
+                n.func.attr for n in ast.walk(loop) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+            }
+            walks = "timesteps" in over or "levels" in over
+            if path != ROOT / "samplers" / "rollout.py":
+                assert not (walks and calls & asks), f"{path}:{loop.lineno} is a second denoising loop"
+                assert "scheduler.step" not in ast.unparse(loop), f"{path}:{loop.lineno} steps a scheduler"
+    loop = inspect.getsource(samplers.rollout)
+    assert "for i in range(levels.steps)" in loop
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_readable(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= (140 if path.parent.name == "families" else 420)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_loads_and_cites(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# "), "the first line says where the numbers come from"
+    assert len(lines) <= 30
+    parsed = build_parser().parse_args(["steer", "--config", str(path), "a prompt"])
+    assert parsed.steer.steering.class_path
+
+
+@pytest.mark.parametrize("kind", sorted(COMPONENTS))
+def test_every_component_has_a_test_a_readme_row_and_a_one_line_description(kind):
+    tests = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
+    readme = (ROOT / "README.md").read_text()
+    for cls in concrete(COMPONENTS[kind]):
+        if cls.__name__ in rewards.__all__ or cls.__name__ in samplers.__all__:
+            assert cls.__name__ in tests, f"no test names {cls.__name__}"
+            assert f"`{cls.__name__}" in readme, f"README has no row for {cls.__name__}"
+            first = (inspect.getdoc(cls) or "").splitlines()[0]
+            assert first.endswith(".") and len(first) <= 130, cls
