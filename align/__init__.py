@@ -22,6 +22,6 @@ for _package in (rewards, samplers):
 from .loading import load_policy
 from .results import Sample, Steered
 from .scoring import score
-from .steering import steer
+from .steering import row_seed, steer
 
-__all__ = ["Sample", "Steered", "load_policy", "score", "steer"]
+__all__ = ["Sample", "Steered", "load_policy", "row_seed", "score", "steer"]

@@ -60,11 +60,12 @@ def load_policy(
             pipe.load_lora_weights(lora)
         tiny = None
         if preview_vae is not None:
-            tiny = diffusers.AutoencoderTiny.from_pretrained(preview_vae, dtype=dtype).to(device)
-    policy = family(pipe.to(device), preview_vae=tiny)
+            tiny = diffusers.AutoencoderTiny.from_pretrained(preview_vae, dtype=dtype)
+    policy = family(pipe.to(device), preview_vae=tiny).to(device)
     defaults = _generation_config(model)
     policy.steps = int(defaults.get("num_inference_steps", policy.steps))
     policy.guidance = float(defaults.get("guidance_scale", policy.guidance))
+    policy.source = str(model)
     return policy
 
 

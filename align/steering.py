@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rewards import Prompt, Reward, Shapes, as_prompts
 from rewards.shapes import parse
-from samplers import Context, Interrupted, Kernel, Ledger, Policy, SeededNoise, Steering, Trajectory, rollout
+from samplers import Context, Interrupted, Kernel, Ledger, Policy, SeededNoise, Size, Steering, Trajectory, rollout
 from samplers.steering import FREE
 
 from .results import PLAIN, STEERED, Sample, Steered, describe
@@ -76,15 +76,16 @@ def steer(
     """
     prompts = _checked(prompts, particles, batch)
     kernel = kernel or policy.kernel
-    size = size or policy.size  # pyright: ignore
-    shape, levels = policy.shape(size), policy.levels(steps or policy.steps, size)
+    pixels: Size = size or policy.size
+    shape, levels = policy.shape(pixels), policy.levels(policy.steps if steps is None else steps, pixels)
     guidance = policy.guidance if guidance is None else guidance
     gold = _gold(prompts) if gold == "auto" else gold
     panel = _panel([*steering.rewards(), *rewards], gold)
     run = _Run(policy, kernel, levels, shape, guidance, steering, particles, seed, panel)
+    run.check(prompts[0])
     config = {
-        "policy": describe(policy), "steering": describe(steering), "kernel": describe(kernel), "steps": levels.steps,
-        "particles": particles, "guidance": guidance, "seed": seed, "size": list(size),
+        "policy": f"{type(policy).__module__}.{type(policy).__qualname__}", "model": policy.source, "steering": describe(steering), "kernel": describe(kernel), "steps": levels.steps,
+        "particles": particles, "guidance": guidance, "seed": seed, "size": list(pixels),
     }  # fmt: skip
     result = Steered([], [], {}, config)
     ledgers = {PLAIN: Ledger(), STEERED: Ledger()}
@@ -115,6 +116,13 @@ class _Run:
     def __init__(self, policy, kernel, levels, shape, guidance, steering, particles, seed, panel) -> None:
         self.policy, self.kernel, self.levels, self.shape, self.guidance = policy, kernel, levels, shape, guidance
         self.steering, self.particles, self.seed, self.panel = steering, particles, seed, panel
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises now what the steered arm would raise only after the plain arm has run."""
+        cond = self.policy.encode([prompt]).repeat(self.particles)
+        noise = SeededNoise(self.seeds(1, 0), self.shape)
+        ctx = Context(self.policy, self.kernel, cond, self.levels, noise, self.particles, [prompt], self.steering)
+        self.steering.check(ctx)
 
     def seeds(self, prompts: int, first: int) -> list[int]:
         return [row_seed(self.seed, first + p, k) for p in range(prompts) for k in range(self.particles)]

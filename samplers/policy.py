@@ -54,9 +54,9 @@ class Cond:
     def __len__(self) -> int:
         return len(next(iter(self.positive.values()), ()))
 
-    def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Cond:
+    def __getitem__(self, rows: Tensor | Sequence[int] | slice | int) -> Cond:
         if isinstance(rows, int):
-            rows = slice(rows, rows + 1)
+            rows = [rows]
         return self._map(lambda value: value[rows if isinstance(rows, (slice, Tensor)) else list(rows)])
 
     def repeat(self, times: int) -> Cond:
@@ -91,6 +91,7 @@ class Policy(nn.Module, ABC):
         prediction: what it predicts.
         guidance, steps: what a run uses when it is not told otherwise.
         size: the native media size in pixels.
+        source: the folder or hub id it was loaded from.
     """
 
     network: nn.Module
@@ -98,6 +99,7 @@ class Policy(nn.Module, ABC):
     guidance: float = 1.0
     steps: int = 20
     size: Size = ()
+    source: str = ""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str | Prompt]) -> Cond:
@@ -159,7 +161,7 @@ class Policy(nn.Module, ABC):
         if who == "policy" or who == "reference" and not layers:
             yield
             return
-        names = {name for layer in layers for name in layer.r} if layers and hasattr(layers[0], "r") else set()
+        names = {name for layer in layers for name in getattr(layer, layer.adapter_layer_names[0], {})}
         if who != "reference" and who not in names:
             raise ValueError(f"the network has no adapter {who!r}; it has {sorted(names) or 'none'}")
         before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
@@ -169,6 +171,7 @@ class Policy(nn.Module, ABC):
                 if who == "reference":
                     layer.enable_adapters(False)
                 else:
+                    layer.enable_adapters(True)
                     layer.set_adapter(who)
             yield
         finally:

@@ -23,7 +23,7 @@ from torch import Tensor
 from rewards.base import Prompt, as_prompts
 
 from ..kernels import DDIM, Consistency, Kernel
-from ..levels import Levels
+from ..levels import Levels, at_least_float32
 from ..policy import Cond, Policy, Size
 
 __all__ = ["StableDiffusion"]
@@ -41,7 +41,7 @@ class StableDiffusion(Policy):
         decode_chunk: images decoded at a time, which bounds the memory of the VAE; the pixels do not change.
 
     Raises:
-        ValueError: a UNet that takes more than a latent (inpainting), or an unknown prediction type.
+        ValueError: a UNet that takes more than a latent (inpainting), or an unsupported prediction type.
     """
 
     def __init__(self, pipe, preview_vae=None, decode_chunk: int = 8) -> None:
@@ -55,6 +55,11 @@ class StableDiffusion(Policy):
         if config.get("clip_sample") or config.get("thresholding"):
             logger.warning("the scheduler asks for clipped samples; kilter samples without clipping")
         self.lcm = type(pipe.scheduler).__name__ == "LCMScheduler"
+        if self.lcm and (config.prediction_type, config.timestep_scaling) != ("epsilon", 10.0):
+            raise ValueError(
+                "a latent consistency model must predict epsilon with timestep_scaling 10; "
+                f"got {config.prediction_type!r} with {config.timestep_scaling}"
+            )
         self.network, self.vae, self.text_encoder, self.preview_vae = pipe.unet, pipe.vae, pipe.text_encoder, preview_vae
         self.pipe, self.scheduler, self.decode_chunk = pipe, pipe.scheduler, decode_chunk
         self.prediction = "consistency" if self.lcm else PREDICTIONS[config.prediction_type]  # pyright: ignore
@@ -97,9 +102,11 @@ class StableDiffusion(Policy):
         if not 1 <= steps <= most:
             raise ValueError(f"steps must lie in 1 … {most}, the model's training levels; got {steps}")
         schedule = type(self.scheduler) if self.lcm else DDIMScheduler
-        schedule = schedule.from_config(self.scheduler.config)
+        schedule = schedule.from_config({k: v for k, v in self.scheduler.config.items() if not k.startswith("_")})
         schedule.set_timesteps(steps)
         t = schedule.timesteps.cpu()
+        if t[0] >= most:
+            raise ValueError(f"steps = {steps} with this scheduler starts at level {t[0]} of {most}: take fewer steps")
         end = torch.ones(1, dtype=torch.float64) if self.lcm else schedule.final_alpha_cumprod.double().reshape(1)
         alpha_bar = torch.cat([schedule.alphas_cumprod.double()[t], end])
         return Levels(torch.cat([t.double(), torch.zeros(1)]), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
@@ -122,4 +129,4 @@ class StableDiffusion(Policy):
     def _decode(self, vae, x0: Tensor) -> Tensor:
         x0 = x0.to(vae.dtype) / vae.config.scaling_factor
         images = torch.cat([vae.decode(part, return_dict=False)[0] for part in x0.split(self.decode_chunk)])
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,111 @@
+"""From a folder in the hub layout to a policy."""
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+
+from align import load_policy
+from samplers import ODE, SeededNoise, rollout
+from tests.conftest import build_pipeline
+
+
+def test_a_saved_folder_gives_the_pipelines_own_image(tiny_folder):
+    """What a user sees from diffusers and from kilter at one seed is one image."""
+    policy = load_policy(tiny_folder)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe("a cat", num_inference_steps=5, generator=torch.Generator().manual_seed(7), output_type="pt").images
+    noise = SeededNoise([7], policy.shape(policy.size))
+    ended = rollout(policy, ODE(), policy.encode(["a cat"]), policy.levels(5), noise)
+    assert torch.allclose(policy.decode(ended.x0), theirs, atol=1e-5)
+
+
+def test_defaults_come_from_the_folder(tiny_folder, tmp_path):
+    assert (load_policy(tiny_folder).steps, load_policy(tiny_folder).guidance) == (50, 7.5)
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"num_inference_steps": 6, "guidance_scale": 2.5}')
+    policy = load_policy(folder)
+    assert (policy.steps, policy.guidance, policy.encode(["a"]).guidance) == (6, 2.5, 2.5)
+
+
+def test_weights_are_frozen_and_in_the_asked_precision(tiny_folder):
+    policy = load_policy(tiny_folder, dtype="bfloat16")
+    assert policy.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in policy.parameters())
+    with pytest.raises(ValueError, match="float32, float16, bfloat16"):
+        load_policy(tiny_folder, dtype="int8")
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_any_scheduler_of_a_published_checkpoint_loads(scheduler, tmp_path):
+    """Levels are those of DDIM with the checkpoint's betas and spacing."""
+    made = getattr(diffusers, scheduler)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+    build_pipeline(tmp_path, scheduler=made).save_pretrained(tmp_path / "model")
+    levels = load_policy(tmp_path / "model").levels(10)
+    reference = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+        timestep_spacing=made.config.timestep_spacing,
+    )  # fmt: skip
+    reference.set_timesteps(10)
+    assert torch.equal(levels.t[:-1], reference.timesteps.double())
+    assert torch.allclose(levels.alpha[:-1] ** 2, reference.alphas_cumprod.double()[reference.timesteps])
+
+
+def test_lora_weights_in_the_diffusers_format_speak_and_can_be_silenced(tiny_folder, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = build_pipeline(tmp_path)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipe.unet)
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    base, tuned = load_policy(tiny_folder), load_policy(tiny_folder, lora=tmp_path / "lora")
+    x, at, cond = torch.randn(1, *base.shape(base.size)), base.levels(4)[1], base.encode(["a"])
+    assert not torch.allclose(tuned.predict(x, at, cond), base.predict(x, at, cond))
+    with tuned.acting_as("reference"):
+        assert torch.equal(tuned.predict(x, at, cond), base.predict(x, at, cond))
+
+
+def broken(folder, how):
+    if how == "missing part":
+        shutil.rmtree(folder / "unet")
+    elif how == "missing weights":
+        next((folder / "vae").glob("*.safetensors")).unlink()
+    elif how == "missing index":
+        (folder / "model_index.json").unlink()
+    elif how == "half an index":
+        text = (folder / "model_index.json").read_text()
+        (folder / "model_index.json").write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("missing part", r"incomplete; missing: unet/"),
+        ("missing weights", r"vae/ weights"),
+        ("missing index", r"no model_index.json"),
+        ("half an index", r"is not JSON"),
+    ],
+)
+def test_half_a_download_is_named(tiny_folder, tmp_path, how, said):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    broken(folder, how)
+    with pytest.raises(FileNotFoundError, match=said):
+        load_policy(folder)
+
+
+def test_unknown_families_list_the_known(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "ShapEPipeline"}))
+    with pytest.raises(ValueError, match="ShapEPipeline, which kilter cannot drive yet; supported: StableDiffusionPipeline"):
+        load_policy(folder)
+
+
+@pytest.mark.parametrize(("name", "said"), [("/no/such/folder", "no folder"), ("owner/name", "neither a folder")])
+def test_missing_models(name, said):
+    with pytest.raises(FileNotFoundError, match=said):
+        load_policy(name)
