@@ -122,8 +122,7 @@ class DualEncoder(Reward):
     def text_features(self, texts: list[str]) -> Tensor:
         """Unit embeddings of texts, each computed once: (B, D), never part of a graph."""
         missing = [text for text in dict.fromkeys(texts) if text not in self.remembered]
-        # Inference tensors could not be used by a later call that wants a gradient.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             if missing:
                 rows = unit(self.encode_text(missing))
                 self.remembered.update((text, row.clone()) for text, row in zip(missing, rows, strict=True))

@@ -199,6 +199,7 @@ def test_low_precision_towers_give_float32_scores_near_the_full_ones(folder: str
     assert low.scale == full.scale  # read before the cast
     scores = low(IMAGES, PROMPTS)
     assert scores.dtype == torch.float32
+    assert (scores.to(low.tower_dtype).float() != scores).any()  # the cosine was not rounded to the tower's type
     assert (scores - full(IMAGES, PROMPTS)).abs().max() < 0.02
     x = IMAGES.clone().requires_grad_()
     low(x, PROMPTS).sum().backward()
@@ -364,5 +365,9 @@ def test_hpsv2_is_the_cosine_of_the_padded_image(open_clip_folder: Path) -> None
     old = HPSv2(checkpoint=weights, model_name="kilter-tiny", antialias=False)
     large = tiny.natural(2, 90, 70, slope=0.3)
     assert (old(large, PROMPTS[:2]) - reward(large, PROMPTS[:2])).abs().min() > 1e-4
+    edge = torch.zeros(1, 3, 10, 16)
+    edge[..., 8:] = 1  # enlarged, the cubic kernel overshoots on both sides of it, and the reference keeps that
+    white = reward.preprocess(torch.ones(1, 3, 32, 32)).amax()
+    assert reward.preprocess(edge).amax() > white + 0.01
     with pytest.raises(ValueError, match=r"version must be one of v2\.1"):
         HPSv2("v3")  # pyright: ignore[reportArgumentType]
