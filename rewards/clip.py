@@ -401,7 +401,7 @@ def loading(name: str, needed: str) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # json, safetensors, torch and the hub each raise their own
-        folder = Path(expand(name))
+        folder = Path(expand(name.removeprefix("local-dir:")))
         if folder.is_dir():
             found = f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
         else:
