@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward
-from .preprocess import Policy, Preprocess, Quantize
+from .preprocess import Preprocess, Quantize, from_image_processor, from_open_clip
 
 __all__ = ["CLIPScore", "DType", "DualEncoder", "HPSv2", "OpenCLIPScore", "PickScore", "Variant"]
 
@@ -410,62 +410,3 @@ def loading(name: str, needed: str) -> Iterator[None]:
             f"cannot load {name!r}: {type(error).__name__}: {error}\n"
             f"Needed: {needed}. Found: {found}. If a download was interrupted, delete the folder and repeat it."
         ) from error
-
-
-def from_image_processor(config: dict[str, Any], quantize: Quantize) -> Preprocess:
-    """The policy of a transformers image processor, read from its config.
-
-    Raises:
-        ValueError: the config asks for something that no policy here does.
-    """
-
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"image processor not understood: {what} in {config}")
-
-    if config.get("resample") not in (2, 3):
-        raise refuse("resample other than 2 (bilinear) or 3 (bicubic)")
-    if not all(config.get(k, True) for k in ("do_resize", "do_rescale", "do_normalize")) or config.get("do_pad"):
-        raise refuse("a step switched off or padding")
-    size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
-    target = crop or size
-    if size.get("shortest_edge") and crop:
-        policy, resize = "shortest_crop", size["shortest_edge"]
-    elif size.get("height") and size.get("height") == size.get("width") and crop in (None, size):
-        policy, resize = "squash", None
-    else:
-        raise refuse("size")
-    if target["height"] != target["width"]:
-        raise refuse("an input that is not square")
-    return Preprocess(
-        policy=policy,
-        size=target["height"],
-        mean=tuple(config["image_mean"]),
-        std=tuple(config["image_std"]),
-        resize=resize,
-        interpolation="bicubic" if config["resample"] == 3 else "bilinear",
-        quantize=quantize,
-    )
-
-
-def from_open_clip(config: dict[str, Any], quantize: Quantize) -> Preprocess:
-    """The policy of an open_clip model, read from its preprocessing config.
-
-    Raises:
-        ValueError: the config asks for something that no policy here does.
-    """
-    height, width = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2
-    mode, interpolation = config.get("resize_mode", "shortest"), config.get("interpolation", "bicubic")
-    policies: dict[str, Policy] = {"shortest": "shortest_crop", "longest": "longest_pad", "squash": "squash"}
-    if height != width or mode not in policies or interpolation not in ("bicubic", "bilinear"):
-        raise ValueError(f"open_clip preprocessing not understood: {config}")
-    return Preprocess(
-        policy=policies[mode],
-        size=height,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=interpolation,
-        sides="round" if mode == "longest" else "floor",
-        offset="round",
-        fill=config.get("fill_color", 0) / 255,
-        quantize=quantize,
-    )

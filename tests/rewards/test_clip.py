@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rewards import CLIPScore, HPSv2, OpenCLIPScore, PickScore
-from rewards.clip import from_image_processor, from_open_clip, pooled, projected, unit
+from rewards.clip import pooled, projected, unit
+from rewards.preprocess import from_image_processor, from_open_clip
 from tests.rewards import tiny
 
 PROMPTS = ["a red cat", "two dog on the house", "the blue bird", "photo of a car"]
