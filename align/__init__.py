@@ -9,13 +9,12 @@ result = align.steer(policy, "a red circle left of a blue square", samplers.Feyn
 result.save("out")
 """
 
-import rewards
-import samplers
+from importlib import import_module
 
-for _package in (rewards, samplers):
-    if not getattr(_package, "KILTER", False):
+for _name in ("rewards", "samplers"):
+    if not getattr(_package := import_module(_name), "KILTER", False):
         raise ImportError(
-            f"kilter needs its own package {_package.__name__!r}, but Python found {_package.__file__ or list(_package.__path__)}: "
+            f"kilter needs its own package {_name!r}, but Python found {_package.__file__ or list(_package.__path__)}: "
             "rename that file or folder, or start Python from another directory"
         )
 

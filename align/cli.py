@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, Namespace
 
 from rewards import Prompt, Reward
 from samplers import Kernel, Steering
@@ -73,7 +73,7 @@ def build_parser() -> Parser:
 
     steer = Parser(description="Sample prompts with and without steering, and score both.")
     steer.add_argument("--config", action=ActionConfigFile, help="YAML with any of these options")
-    steer.add_argument("prompts", nargs="*", type=str, help="prompts, or .txt / .jsonl files of prompts")
+    steer.add_argument("prompts", nargs="*", type=str, default=SUPPRESS, help="prompts, or .txt / .jsonl files of prompts")
     steer.add_argument("--model", type=str, default=str(EMBEDDED), help="folder or hub id of a diffusers pipeline")
     steer.add_argument("--lora", type=Optional[str], help="LoRA weights: folder, file or hub id")
     steer.add_argument("--preview_vae", type=Optional[str], help="AutoencoderTiny for intermediate rewards")
@@ -140,7 +140,7 @@ def _steer(parser: Parser, parsed: Namespace, options: Namespace) -> int:
 
     if options.particles < 1:
         raise ValueError(f"particles must be ≥ 1; got {options.particles}")
-    prompts = read_prompts(options.prompts)
+    prompts = read_prompts(options.get("prompts", []))
     out = prepare_folder(options.out, options.overwrite)
     built = parser.instantiate(parsed).steer
     policy = load_policy(
