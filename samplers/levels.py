@@ -118,6 +118,10 @@ def to_clean(kind: Prediction, output: Tensor, x: Tensor, at: Levels) -> Clean:
             "an eps prediction says nothing about x0 at a level without signal (alpha = 0): "
             "zero-terminal-SNR schedules need a v prediction"
         )
+    if kind == "v" and not _is_one(at.alpha**2 + at.sigma**2):
+        raise ValueError("a v prediction belongs to variance preserving levels, alpha² + sigma² = 1; these are not")
+    if kind == "flow" and not _is_one(at.alpha + at.sigma):
+        raise ValueError("a flow prediction belongs to rectified flow levels, alpha + sigma = 1; these are not")
     if kind == "eps":
         return Clean((x - sigma * output) / alpha, output)
     if kind == "v":
@@ -129,3 +133,7 @@ def to_clean(kind: Prediction, output: Tensor, x: Tensor, at: Levels) -> Clean:
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
         output = skip * x + out * (x - sigma * output) / alpha
     return Clean(output, (x - alpha * output) / sigma)
+
+
+def _is_one(value: Tensor) -> bool:
+    return bool(((value - 1).abs() < 1e-6).all())

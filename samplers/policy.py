@@ -45,7 +45,8 @@ class Cond:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        sizes = {name: len(value) for part in (self.positive, self.negative or {}) for name, value in part.items()}
+        parts = {"positive": self.positive, "negative": self.negative or {}}
+        sizes = {f"{part} {name}": len(value) for part, named in parts.items() for name, value in named.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"every condition needs one row a sample; got {sizes}")
         if self.negative is not None and set(self.negative) != set(self.positive):

@@ -138,7 +138,7 @@ class Interrupted(Exception):
     """A run stopped early; `trajectory` holds the clean estimates it had, `__cause__` why."""
 
     def __init__(self, trajectory: Trajectory, cause: BaseException) -> None:
-        super().__init__(f"stopped at step {trajectory.stopped_at} of {trajectory.levels.steps}: {cause or 'interrupted'}")
+        super().__init__(f"stopped at step {trajectory.stopped_at} of {trajectory.levels.steps}: {str(cause) or 'interrupted'}")
         self.trajectory = trajectory
 
 
@@ -181,10 +181,11 @@ def rollout(
     if guided and grad is not never:
         raise ValueError(f"{steering} needs gradients of its own, so it cannot steer a rollout that builds a training graph")
     steering.check(ctx)
-    path, log_probs = [x], []
+    path, log_probs, building = [x], [], False
     try:
         for i in range(levels.steps):
-            with torch.set_grad_enabled(grad(i, levels.steps)):
+            building = grad(i, levels.steps)
+            with torch.set_grad_enabled(building):
                 clean, x = _denoise(ctx, x, levels[i], guided)
                 ctx.enter(i, x, clean)
                 if (ancestors := steering.select(ctx)) is not None:
@@ -201,13 +202,15 @@ def rollout(
                     log_probs.append(law.log_prob(x) if law.stochastic else x.new_zeros(len(x), dtype=torch.float32))
                 if watch is not None:
                     watch(ctx)
-        with torch.set_grad_enabled(grad(levels.steps - 1, levels.steps)):
+        with torch.set_grad_enabled(building):
             ctx.enter(levels.steps, x, Clean(x, x))
             if steering is not FREE and (ancestors := steering.select(ctx)) is not None:
                 ctx.take(ancestors)
         if watch is not None:
             watch(ctx)
     except (KeyboardInterrupt, RewardFailed) as stop:
+        if not hasattr(ctx, "clean"):
+            raise  # before the first estimate there is nothing to hand over
         raise Interrupted(_trajectory(ctx, [], [], ctx.step), stop) from stop
     return _trajectory(ctx, path if record == "path" else [], log_probs, None)
 

@@ -71,8 +71,9 @@ class Gaussian:
             ValueError: std is 0 somewhere: a deterministic step has no density.
         """
         self._need_density("log_prob")
-        z = (at_least_float32(x) - self.mean) / self.std
-        log_density = -0.5 * z.square() - (torch.log(self.std) + 0.5 * math.log(2 * math.pi))
+        std = self.std.to(self.mean.dtype)  # so that one level and one level a row round alike: replayed ratios are exactly 1
+        log_scale = (torch.log(std.double()) + 0.5 * math.log(2 * math.pi)).to(std.dtype)
+        log_density = -0.5 * ((at_least_float32(x) - self.mean) / std).square() - log_scale
         return log_density.flatten(1).sum(1)
 
     def kl(self, other: Transition) -> Tensor:

@@ -67,8 +67,12 @@ class GaussianPolicy(Policy):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
-        if prediction not in ("eps", "v", "flow", "x0") or frame not in ("vp", "flow"):
-            raise ValueError(f"GaussianPolicy predicts eps, v, flow or x0 in frame vp or flow; got {prediction!r}, {frame!r}")
+        velocity = {"vp": "v", "flow": "flow"}.get(frame)
+        if velocity is None or prediction not in ("eps", "x0", velocity):
+            raise ValueError(
+                f"GaussianPolicy predicts eps, v or x0 in frame vp, and eps, flow or x0 in frame flow; "
+                f"got {prediction!r} in frame {frame!r}"
+            )
         means_ = torch.atleast_2d(torch.as_tensor(means, dtype=dtype))
         stds_, weights_ = (torch.as_tensor(v, dtype=dtype).expand(len(means_)) for v in (stds, weights))
         self.network = MixturePosterior(weights_, means_.clone(), stds_.clone()).requires_grad_(False)
