@@ -1,0 +1,130 @@
+"""A small cross-attention reward: image and caption are read together, and the first caption token carries the score.
+
+The shape is ImageReward's (Xu et al. 2023, arXiv 2304.05977): an image tower, a text tower whose every layer attends to the
+image, an MLP on the first token, and a z-score over the training distribution. Deviations: the image tower starts with
+three convolutions in place of BLIP's patches (they learn small shapes in minutes), and all widths are a few hundred times
+smaller. `assets/tiny-reward` is such a model, trained on preferences in the world of shapes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Prompt, Reward
+
+__all__ = ["CrossEncoder"]
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-reward"
+
+
+class Attention(nn.Module):
+    """Multi-head attention written out: torch's fused kernel has a slow backward pass on CPUs."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), self.key(context), self.value(context)))
+        logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B,heads,N,M)
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None], -1e4)
+        return self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer; with `cross`, it attends to `image` after attending to itself."""
+
+    def __init__(self, width: int, heads: int, cross: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 + cross))
+        self.attend = Attention(width, heads)
+        self.look = Attention(width, heads) if cross else None
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        y = self.norms[0](x)
+        x = x + self.attend(y, y, mask)
+        if self.look is not None:
+            x = x + self.look(self.norms[2](x), image)
+        return x + self.mlp(self.norms[1](x))
+
+
+class Network(nn.Module):
+    """Image (B,3,size,size) in [0,1] and padded token ids (B,L) to one raw score each, (B,)."""
+
+    def __init__(self, vocab: int, length: int, size: int, width: int, heads: int, image_layers: int, text_layers: int) -> None:
+        super().__init__()
+        half, quarter = width // 2, width // 4
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, quarter, 3, 2, 1), nn.GroupNorm(8, quarter), nn.SiLU(),
+            nn.Conv2d(quarter, half, 3, 1, 1), nn.GroupNorm(8, half), nn.SiLU(),
+            nn.Conv2d(half, width, 3, 2, 1),
+        )  # fmt: skip
+        self.place = nn.Parameter(0.02 * torch.randn((size // 4) ** 2, width))
+        self.image = nn.ModuleList(Block(width, heads, cross=False) for _ in range(image_layers))
+        self.words = nn.Embedding(vocab, width)
+        self.order = nn.Parameter(0.02 * torch.randn(length, width))
+        self.text = nn.ModuleList(Block(width, heads, cross=True) for _ in range(text_layers))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        image = self.stem(2 * pixels - 1).flatten(2).transpose(1, 2) + self.place  # (B,3,H,W) -> (B,N,width)
+        for block in self.image:
+            image = block(image)
+        text = self.words(ids) + self.order
+        for block in self.text:
+            text = block(text, mask, image)
+        return self.head(text[:, 0]).float().squeeze(-1)
+
+
+class CrossEncoder(Reward):
+    """A learned reward read from a folder: config.json, model.safetensors and the files of a tokenizer.
+
+    Scores are z-scores over the images and prompts the reward was trained on: 0 is average there, higher is better. The
+    image is resized to the model's own side (antialiased bicubic), and the gradient reaches the pixels.
+
+    Args:
+        model: the folder; the embedded model by default.
+    """
+
+    modality = "image"
+    differentiable = True
+    needs_prompt = True
+
+    def __init__(self, model: str | Path = EMBEDDED) -> None:
+        super().__init__()
+        from safetensors.torch import load_file
+        from transformers import AutoTokenizer
+
+        config = json.loads((Path(model) / "config.json").read_text())
+        self.size, self.mean, self.std = config["network"]["size"], config["mean"], config["std"]
+        self.length = config["network"]["length"]
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.network = Network(**config["network"])
+        weights = load_file(Path(model) / "model.safetensors")
+        self.network.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
+        self.tokens: dict[str, tuple[Tensor, Tensor]] = {}  # prompts repeat at every step of a run
+        self.freeze()
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Padded ids and mask, (B,L) each, remembered a text."""
+        for text in set(texts) - self.tokens.keys():
+            out = self.tokenizer(text, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+            self.tokens[text] = (out.input_ids[0], out.attention_mask[0].bool())
+        ids, masks = zip(*(self.tokens[text] for text in texts), strict=True)
+        return torch.stack(ids), torch.stack(masks)
+
+    def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:
+        """(B,) z-scores."""
+        if media.shape[-2:] != (self.size, self.size):
+            media = F.interpolate(media, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+        ids, mask = (t.to(media.device) for t in self.tokenize([p.text for p in prompts]))
+        return (self.network(media.to(self.network.place.dtype), ids, mask) - self.mean) / self.std
