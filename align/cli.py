@@ -73,7 +73,9 @@ def build_parser() -> Parser:
 
     steer = Parser(description="Sample prompts with and without steering, and score both.")
     steer.add_argument("--config", action=ActionConfigFile, help="YAML with any of these options")
-    steer.add_argument("prompts", nargs="*", type=str, default=SUPPRESS, help="prompts, or .txt / .jsonl files of prompts")
+    steer.add_argument(
+        "prompts", nargs="*", type=str, default=SUPPRESS, help="prompts, or .txt / .jsonl files of prompts"
+    )
     steer.add_argument("--model", type=str, default=str(EMBEDDED), help="folder or hub id of a diffusers pipeline")
     steer.add_argument("--lora", type=Optional[str], help="LoRA weights: folder, file or hub id")
     steer.add_argument("--preview_vae", type=Optional[str], help="AutoencoderTiny for intermediate rewards")
@@ -172,14 +174,14 @@ def _steer(parser: Parser, parsed: Namespace, options: Namespace) -> int:
 
 
 def _summary(result: Any, out: Path) -> None:
-    """What a user wants to know at a glance, on standard error."""
-    names = list(dict.fromkeys(name for s in result.samples for name in s.scores))
-    for name in names:
-        plain, steered = (result.mean(name, arm) for arm in ("plain", "steered"))
-        print(
-            f"{name:>16}  unsteered {plain:7.3f}  steered {steered:7.3f}  best {result.mean(name, best=True):7.3f}",
-            file=sys.stderr,
-        )
+    """What a user wants to know at a glance, on standard error: each score's mean, and its mean over the samples to take."""
+    print(
+        f"{'':>16} {'unsteered':>19} {'steered':>19}\n{'':>16} {'mean':>9} {'best':>9} {'mean':>9} {'best':>9}",
+        file=sys.stderr,
+    )
+    for name in dict.fromkeys(name for s in result.samples for name in s.scores):
+        row = [result.mean(name, arm, best) for arm in ("plain", "steered") for best in (False, True)]
+        print(f"{name:>16} " + " ".join(f"{value:9.3f}" for value in row), file=sys.stderr)
     for name, count in result.failures.items():
         print(f"{name} could not judge {count} samples: they were left out", file=sys.stderr)
     print(f"wrote {out}/grid.png, {out}/result.json", file=sys.stderr)

@@ -26,7 +26,10 @@ MOST_PROMPTS_IN_GRID = 16
 
 @dataclass
 class Sample:
-    """One image. `scores` maps reward names to values, the gold reward under "gold"; None where it could not be judged."""
+    """One image, of the `group`-th prompt.
+
+    `scores` maps reward names to values, the gold reward under "gold"; None where it could not be judged.
+    """
 
     prompt: str
     seed: int
@@ -35,6 +38,7 @@ class Sample:
     scores: dict[str, float | None]
     weight: float
     best: bool = False
+    group: int = 0
 
 
 @dataclass
@@ -73,6 +77,13 @@ class Steered:
         judged = [v for v in values if v is not None]
         return sum(judged) / len(judged) if judged else math.nan
 
+    def draw(self, generator: torch.Generator) -> list[Sample]:
+        """One steered sample a prompt, drawn by weight: unlike `best`, a sample of the tilted law."""
+        families = [[s for s in self.arm() if s.group == g] for g in range(len(self.groups))]
+        return [
+            f[int(torch.multinomial(torch.tensor([s.weight for s in f]), 1, generator=generator))] for f in families
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """What `result.json` holds."""
         rows = []
@@ -108,9 +119,9 @@ class Steered:
 
     def grid(self, tile: int | None = None) -> Image.Image:
         """Unsteered on the left, steered on the right, same seeds in the same places, scores under each image."""
-        prompts = list(dict.fromkeys(s.prompt for s in self.samples))[:MOST_PROMPTS_IN_GRID]
+        prompts = dict(list({s.group: s.prompt for s in self.samples}.items())[:MOST_PROMPTS_IN_GRID])
         arms = [a for a in (PLAIN, STEERED) if self.arm(a)]
-        columns = max(sum(s.prompt == p and s.arm == a for s in self.samples) for p in prompts for a in arms)
+        columns = max(sum(s.group == g and s.arm == a for s in self.samples) for g in prompts for a in arms)
         native = self.samples[0].pixels.shape[-1]
         tile = tile or max(96, min(native, 256))
         lines = len(self.samples[0].scores)
@@ -125,11 +136,11 @@ class Steered:
         for a, arm in enumerate(arms):
             left = gap + a * (width + gap)
             draw.text((left, 5), "unsteered" if arm == PLAIN else "steered", "black", font)
-            for p, prompt in enumerate(prompts):
+            for p, (group, prompt) in enumerate(prompts.items()):
                 top = title + p * (height + title)
                 if a == 0:
                     draw.text((left, top + 4), prompt[:120], "#555555", small)
-                for c, sample in enumerate(s for s in self.samples if s.prompt == prompt and s.arm == arm):
+                for c, sample in enumerate(s for s in self.samples if s.group == group and s.arm == arm):
                     x, y = left + c * cell, top + 22
                     image = to_pil(sample.pixels)
                     resample = Image.Resampling.NEAREST if tile % native == 0 else Image.Resampling.LANCZOS

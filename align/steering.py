@@ -84,29 +84,29 @@ def steer(
     run = _Run(policy, kernel, levels, shape, guidance, steering, particles, seed, panel)
     run.check(prompts[0])
     config = {
-        "policy": f"{type(policy).__module__}.{type(policy).__qualname__}", "model": policy.source, "steering": describe(steering), "kernel": describe(kernel), "steps": levels.steps,
-        "particles": particles, "guidance": guidance, "seed": seed, "size": list(pixels),
-    }  # fmt: skip
+        "policy": f"{type(policy).__module__}.{type(policy).__qualname__}",
+        "model": policy.source,
+        "steering": describe(steering),
+        "kernel": describe(kernel),
+        "steps": levels.steps,
+        "particles": particles,
+        "guidance": guidance,
+        "seed": seed,
+        "size": list(pixels),
+    }
     result = Steered([], [], {}, config)
-    ledgers = {PLAIN: Ledger(), STEERED: Ledger()}
     per_chunk = max(1, batch // particles)
     arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
     with _bar(progress, len(prompts), per_chunk, levels.steps, arms, watch) as tick:
-        for first in range(0, len(prompts), per_chunk):
-            chunk = prompts[first : first + per_chunk]
-            for arm, how in arms:
-                try:
-                    trajectory = run.sample(chunk, first, how, tick)
-                except Interrupted as stop:
-                    trajectory, result.stopped = stop.trajectory, str(stop)
-                    logger.warning("%s", stop)
-                run.collect(result, trajectory, chunk, first, arm)
-                ledgers[arm] = ledgers[arm] + trajectory.ledger
-                if result.stopped:
-                    break
-            if result.stopped:
-                break
-    result.ledger = {arm: ledger.as_dict() for arm, ledger in ledgers.items() if arm == STEERED or plain}
+        try:
+            for first in range(0, len(prompts), per_chunk):
+                for arm, how in arms:
+                    chunk = prompts[first : first + per_chunk]
+                    run.add(result, chunk, first, arm, how, tick)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            result.stopped = str(stop) or "interrupted"
+            logger.warning("%s", result.stopped)
+    result.ledger = {arm: run.ledgers[arm].as_dict() for arm, _ in arms}
     return result
 
 
@@ -116,6 +116,7 @@ class _Run:
     def __init__(self, policy, kernel, levels, shape, guidance, steering, particles, seed, panel) -> None:
         self.policy, self.kernel, self.levels, self.shape, self.guidance = policy, kernel, levels, shape, guidance
         self.steering, self.particles, self.seed, self.panel = steering, particles, seed, panel
+        self.ledgers = {PLAIN: Ledger(), STEERED: Ledger()}
 
     def check(self, prompt: Prompt) -> None:
         """Raises now what the steered arm would raise only after the plain arm has run."""
@@ -127,45 +128,63 @@ class _Run:
     def seeds(self, prompts: int, first: int) -> list[int]:
         return [row_seed(self.seed, first + p, k) for p in range(prompts) for k in range(self.particles)]
 
-    def sample(self, prompts: list[Prompt], first: int, steering: Steering, tick) -> Trajectory:
+    def add(self, result: Steered, prompts: list[Prompt], first: int, arm: str, steering: Steering, tick) -> None:
+        """Samples one chunk of prompts and adds it to the result; an interrupted chunk is added before the interrupt goes on."""
         cond = self.policy.encode(prompts).with_guidance(self.guidance)
         noise = SeededNoise(self.seeds(len(prompts), first), self.shape, device=self.policy.device)
         how = {"particles": self.particles, "prompts": prompts, "steering": steering, "watch": tick}
-        return rollout(self.policy, self.kernel, cond, self.levels, noise, **how)
+        try:
+            trajectory = rollout(self.policy, self.kernel, cond, self.levels, noise, **how)
+        except Interrupted as stop:
+            self._collect(result, stop.trajectory, prompts, first, arm)
+            raise
+        self._collect(result, trajectory, prompts, first, arm)
 
-    def collect(self, result: Steered, trajectory: Trajectory, prompts: list[Prompt], first: int, arm: str) -> None:
-        """Decodes and scores what a rollout made, and adds it to the result."""
+    def _collect(self, result: Steered, trajectory: Trajectory, prompts: list[Prompt], first: int, arm: str) -> None:
+        """Decodes and scores what a rollout made, and adds it to the result at once."""
         k = self.particles
         media = trajectory.media
         if media is None:
             with torch.no_grad(), trajectory.ledger.spend("decode", len(trajectory.x0), trajectory.x0.device):
                 media = self.policy.decode(trajectory.x0)
         scores = self._scores(media, [p for p in prompts for _ in range(k)], trajectory, result)
-        weights = trajectory.weights.flatten().tolist()
-        main = next((name for name in scores if name != "gold"), None)
-        best = trajectory.best.tolist() if arm == STEERED and trajectory.rewards is not None else None
-        for p, prompt in enumerate(prompts):
-            rows = range(p * k, p * k + k)
-            if best is None and main is not None:
-                chosen = max(rows, key=lambda row: -math.inf if (s := scores[main][row]) is None else s) - p * k
-            else:
-                chosen = best[p] if best is not None else 0
-            for row in rows:
-                values = {name: column[row] for name, column in scores.items()}
-                seed = row_seed(self.seed, first + p, row - p * k)
-                sample = Sample(prompt.text, seed, arm, media[row].cpu(), values, weights[row], row - p * k == chosen)
-                result.samples.append(sample)
-            if arm == STEERED:
-                result.groups.append(
-                    {
-                        "prompt": prompt.text,
-                        "log_z": float(trajectory.log_z[p]),
-                        "ess": trajectory.ess[p].tolist(),
-                        "unique_ancestors": int(trajectory.unique_ancestors[p]),
-                        "ancestors": trajectory.ancestors[p].tolist(),
-                        "selected_at": list(trajectory.selected_at),
-                    }
-                )
+        chosen = self._best(scores, trajectory, arm)
+        weights, seeds, images = trajectory.weights.flatten().tolist(), self.seeds(len(prompts), first), media.cpu()
+        result.samples += [
+            Sample(
+                prompt=prompts[row // k].text,
+                seed=seeds[row],
+                arm=arm,
+                pixels=images[row],
+                scores={name: column[row] for name, column in scores.items()},
+                weight=weights[row],
+                best=row % k == chosen[row // k],
+                group=first + row // k,
+            )
+            for row in range(len(images))
+        ]
+        self.ledgers[arm] = self.ledgers[arm] + trajectory.ledger
+        if arm == STEERED:
+            result.groups += [self._group(trajectory, p, prompt) for p, prompt in enumerate(prompts)]
+
+    def _best(self, scores: dict[str, list], trajectory: Trajectory, arm: str) -> list[int]:
+        """Which particle of each prompt a user would take: the highest reward of the steering, else of the first of the panel."""
+        if arm == STEERED and trajectory.rewards is not None:
+            return trajectory.best.tolist()
+        column = next((column for name, column in scores.items() if name != "gold"), [0.0] * trajectory.log_w.numel())
+        table = torch.tensor([-math.inf if v is None else v for v in column]).reshape(-1, self.particles)
+        return table.argmax(1).tolist()
+
+    @staticmethod
+    def _group(trajectory: Trajectory, p: int, prompt: Prompt) -> dict[str, Any]:
+        return {
+            "prompt": prompt.text,
+            "log_z": float(trajectory.log_z[p]),
+            "ess": trajectory.ess[p].tolist(),
+            "unique_ancestors": int(trajectory.unique_ancestors[p]),
+            "ancestors": trajectory.ancestors[p].tolist(),
+            "selected_at": list(trajectory.selected_at),
+        }
 
     def _scores(self, media: Tensor, prompts: list[Prompt], trajectory: Trajectory, result: Steered) -> dict[str, list]:
         known = self.steering.rewards()

@@ -24,7 +24,18 @@ from .noise import Noise
 from .policy import Cond, Policy
 from .steering import FREE, Context, RewardFailed, Steering
 
-__all__ = ["GradWindow", "Interrupted", "Record", "Trajectory", "always", "last", "never", "only", "random_truncation", "rollout"]
+__all__ = [
+    "GradWindow",
+    "Interrupted",
+    "Record",
+    "Trajectory",
+    "always",
+    "last",
+    "never",
+    "only",
+    "random_truncation",
+    "rollout",
+]
 
 GradWindow = Callable[[int, int], bool]
 Record = Literal["final", "path"]
@@ -138,7 +149,9 @@ class Interrupted(Exception):
     """A run stopped early; `trajectory` holds the clean estimates it had, `__cause__` why."""
 
     def __init__(self, trajectory: Trajectory, cause: BaseException) -> None:
-        super().__init__(f"stopped at step {trajectory.stopped_at} of {trajectory.levels.steps}: {str(cause) or 'interrupted'}")
+        super().__init__(
+            f"stopped at step {trajectory.stopped_at} of {trajectory.levels.steps}: {str(cause) or 'interrupted'}"
+        )
         self.trajectory = trajectory
 
 
@@ -177,9 +190,12 @@ def rollout(
     x = noise(0)
     x = x.to(policy.device, policy.dtype if x.is_floating_point() else x.dtype)
     ctx = _population(policy, kernel, cond, levels, noise, len(x), particles, as_prompts(list(prompts)), steering)
+    ctx.enter(0, x, Clean(x, x))  # nothing is known yet
     guided = bool(ctx._tilting)
     if guided and grad is not never:
-        raise ValueError(f"{steering} needs gradients of its own, so it cannot steer a rollout that builds a training graph")
+        raise ValueError(
+            f"{steering} needs gradients of its own, so it cannot steer a rollout that builds a training graph"
+        )
     steering.check(ctx)
     path, log_probs, building = [x], [], False
     try:
@@ -239,7 +255,9 @@ def _population(policy, kernel, cond, levels, noise, rows, particles, prompts, s
     if prompts and len(prompts) == rows // particles:
         prompts = [p for p in prompts for _ in range(particles)]
     if prompts and len(prompts) != rows:
-        raise ValueError(f"prompts needs one entry a prompt ({rows // particles}) or a sample ({rows}); got {len(prompts)}")
+        raise ValueError(
+            f"prompts needs one entry a prompt ({rows // particles}) or a sample ({rows}); got {len(prompts)}"
+        )
     return Context(policy, kernel, cond, levels, noise, particles, prompts, steering)
 
 

@@ -82,7 +82,8 @@ class FeynmanKac(Steering):
             raise ValueError(f"every and draws must be ≥ 1; got {every} and {draws}")
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"start and stop are fractions of the run, 0 <= start <= stop <= 1; got {start}, {stop}")
-        self.reward, self.beta, self.potential, self.resampler = reward, beta, potential, resampler
+        self.reward, self.beta, self.potential = reward, beta, potential
+        self.resampler: Scheme = resampler
         self.ess_threshold, self.every, self.start, self.stop = ess_threshold, every, start, stop
         self.tempering, self.draws = tempering, draws
 
