@@ -225,8 +225,6 @@ def rollout(
         if watch is not None:
             watch(ctx)
     except (KeyboardInterrupt, RewardFailed) as stop:
-        if not hasattr(ctx, "clean"):
-            raise  # before the first estimate there is nothing to hand over
         raise Interrupted(_trajectory(ctx, [], [], ctx.step), stop) from stop
     return _trajectory(ctx, path if record == "path" else [], log_probs, None)
 
