@@ -433,15 +433,27 @@ def test_a_stopped_run_hands_over_its_clean_estimates(at):
     assert not run.x0.requires_grad
 
 
-def test_stopped_inside_the_first_network_call_there_is_nothing_to_hand_over():
-    policy = mixture()
+@pytest.mark.parametrize("call", [0, 1, T - 1])
+def test_a_run_stopped_inside_the_network_hands_over_the_last_estimates_it_had(call):
+    policy, calls = mixture(), []
+    noise, cond, levels = seeded(policy, [0, 1]), policy.encode([""] * 2), policy.levels(T)
+    full = rollout(policy, DDIM(1.0), cond, levels, noise, record="path").latents
 
     def stop(*_):
-        raise KeyboardInterrupt
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
 
-    policy.network.register_forward_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        rollout(policy, ODE(), policy.encode([""]), policy.levels(T), seeded(policy, [0]))
+    hook = policy.network.register_forward_hook(stop)
+    with pytest.raises(Interrupted) as caught:
+        rollout(policy, DDIM(1.0), cond, levels, noise)
+    hook.remove()
+    run, known = caught.value.trajectory, max(call - 1, 0)
+    assert run.stopped_at == known
+    expected = (
+        policy.denoise(full[:, known], levels[known], cond).x0 if call else noise(0)
+    )  # before any estimate, the state
+    assert torch.equal(run.x0, expected)
 
 
 def test_watch_sees_every_step_and_the_end():
