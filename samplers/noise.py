@@ -37,7 +37,7 @@ class SeededNoise:
 
     Args:
         seeds: one a row.
-        shape: of one row, without the batch: `policy.shape(size)`.
+        shape: of one row, without the batch: `policy.shape(size)`; None lets `rollout` take the policy's native size.
         device, dtype: of the returned tensors.
         stream: selects an independent set of streams for the same seeds.
     """
@@ -45,16 +45,19 @@ class SeededNoise:
     def __init__(
         self,
         seeds: Sequence[int],
-        shape: Sequence[int],
+        shape: Sequence[int] | None = None,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         stream: int = 0,
     ) -> None:
         self.seeds = [int(s) for s in seeds]
-        self.shape, self.device, self.dtype, self.stream = tuple(shape), device, dtype, stream
+        self.shape = None if shape is None else tuple(shape)
+        self.device, self.dtype, self.stream = device, dtype, stream
 
     def __call__(self, i: int) -> Tensor:
+        if self.shape is None:
+            raise ValueError("this noise has no shape: pass shape=policy.shape(size)")
         rows = [torch.randn(self.shape, generator=self.generator(row, i)) for row in range(len(self.seeds))]
         return torch.stack(rows).to(self.device, self.dtype)
 

@@ -20,7 +20,7 @@ from rewards.base import Prompt, as_prompts
 from .kernels import Kernel
 from .ledger import Ledger
 from .levels import Clean, Levels
-from .noise import Noise
+from .noise import Noise, SeededNoise
 from .policy import Cond, Policy
 from .steering import FREE, Context, RewardFailed, Steering
 
@@ -187,6 +187,8 @@ def rollout(
         ValueError: rows, prompts or steering do not fit together; raised before the network runs.
         Interrupted: Ctrl-C, or a reward that could judge nothing; carries what there was.
     """
+    if isinstance(noise, SeededNoise) and noise.shape is None:
+        noise = SeededNoise(noise.seeds, policy.shape(policy.size), device=policy.device, stream=noise.stream)
     x = noise(0)
     x = x.to(policy.device, policy.dtype if x.is_floating_point() else x.dtype)
     ctx = _population(policy, kernel, cond, levels, noise, len(x), particles, as_prompts(list(prompts)), steering)

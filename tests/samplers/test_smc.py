@@ -415,7 +415,9 @@ def test_steering_a_real_network_is_deterministic_and_sound(tmp_path):
         "again": FeynmanKac(Brightness(), 1e-3),
     }.items():
         runs[name] = rollout(policy, DDIM(1.0), cond, levels, noise, particles=4, steering=steering, prompts=["a", "b"])
+    native = rollout(policy, DDIM(1.0), cond, levels, SeededNoise(range(8)), particles=4)
     assert torch.equal(runs["free"].x0, runs["none"].x0)
+    assert torch.equal(runs["free"].x0, native.x0)
     assert torch.equal(runs["fk"].x0, runs["again"].x0)
     assert not torch.equal(runs["fk"].x0, runs["free"].x0)
     assert runs["fk"].ledger.counts == {"network": 64, "decode": 40, "reward": 40, "gradient": 0}
