@@ -148,8 +148,9 @@ class Steered:
                     if sample.best and arm == STEERED:
                         draw.rectangle((x - 2, y - 2, x + tile + 1, y + tile + 1), outline="#2a7d2a", width=2)
                     for j, (name, value) in enumerate(sample.scores.items()):
-                        shown = "–" if value is None else f"{value:.3g}"
-                        draw.text((x, y + tile + 3 + 13 * j), f"{name[:10]} {shown}", "#333333", small)
+                        shown = "–" if value is None else f"{value:.2f}"
+                        ink = ("#1f7a1f" if value else "#b3261e") if name == "gold" else "#333333"
+                        draw.text((x, y + tile + 3 + 13 * j), f"{name[:10]} {shown}", ink, small)
         return canvas
 
 
