@@ -49,7 +49,7 @@ class Steered:
         samples: prompt by prompt, the plain arm and the steered arm, particle by particle. `weight` is the normalised weight of
             a particle; `best` marks the particle a user would take: the highest reward of its group.
         groups: one entry a prompt: `log_z`, `ess` (at each event), `unique_ancestors`.
-        ledger: network evaluations, decodes, reward calls, gradients and their seconds, for each arm.
+        ledger: network evaluations, decodes, reward calls, gradients and their seconds: of the run, and of each of its "arms".
         config: everything needed to repeat the run.
         failures: samples that a reward could not judge, by its name.
         stopped: why the run ended early, or None.

@@ -106,7 +106,11 @@ def steer(
         except (KeyboardInterrupt, Interrupted) as stop:
             result.stopped = str(stop) or "interrupted"
             logger.warning("%s", result.stopped)
-    result.ledger = {arm: run.ledgers[arm].as_dict() for arm, _ in arms}
+    spent = {arm: run.ledgers[arm] for arm, _ in arms}
+    result.ledger = {
+        **sum(spent.values(), Ledger()).as_dict(),
+        "arms": {arm: one.as_dict() for arm, one in spent.items()},
+    }
     return result
 
 

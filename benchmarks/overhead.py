@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     policy, reward = align.load_policy(), CrossEncoder()
-    counts = steered(policy, reward, options.particles).ledger["steered"]
+    counts = steered(policy, reward, options.particles).ledger
     bare(policy, reward, options.particles)
     pairs = []
     for _ in range(options.repeats):
@@ -70,7 +70,7 @@ def main() -> None:
         "bare_seconds": statistics.median(b for _, b in pairs),
         "ratio": ratio,
         "ratios": sorted(a / b for a, b in pairs),
-        "counts": {k: v for k, v in counts.items() if k != "seconds"},
+        "counts": {k: v for k, v in counts.items() if isinstance(v, int)},
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")

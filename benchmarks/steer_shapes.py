@@ -59,7 +59,7 @@ def measure(policy, reward, prompts, steering, particles, seed) -> dict[str, np.
     seconds = time.perf_counter() - begin
     populations = [result.arm()[i : i + particles] for i in range(0, len(result.arm()), particles)]
     taken = [next(s for s in population if s.best) for population in populations]
-    spent = result.ledger["steered"]
+    spent = result.ledger
     return {
         "proxy": np.array([s.scores[reward.name] for s in taken]),
         "gold": np.array([s.scores["gold"] for s in taken]),
@@ -123,9 +123,10 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=9)
     parser.add_argument("--beta", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", default="heldout", choices=["heldout", "train"], help="train is for choosing beta")
     parser.add_argument("--only", nargs="*", help="names of arms, for a quick look; writes nothing")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in (ROOT / "assets/prompts/heldout.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ROOT / f"assets/prompts/{options.split}.jsonl").read_text().splitlines()]
     prompts = [row["prompt"] for row in rows[:: max(1, len(rows) // options.prompts)]][: options.prompts]
     policy, reward = align.load_policy(), CrossEncoder()
     measured: dict[str, dict] = {}

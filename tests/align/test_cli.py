@@ -160,7 +160,9 @@ def test_ctrl_c_keeps_partial_results(tiny_folder, tmp_path):
     """A real process, a real signal: it exits with 130 and leaves a readable, marked result."""
     argv = [sys.executable, "-m", "align.cli", "steer", "a cat", "--model", tiny_folder, "--reward", "Brightness"]
     argv += ["--steps", "900", "--particles", "2", "--out", tmp_path / "run"]
-    process = subprocess.Popen([str(a) for a in argv], cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "TERM": "dumb"})
+    process = subprocess.Popen(
+        [str(a) for a in argv], cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "TERM": "dumb"}
+    )
     seen = ""
     deadline = time.monotonic() + 120
     while "step" not in seen and time.monotonic() < deadline:

@@ -42,7 +42,9 @@ def test_weights_are_frozen_and_in_the_asked_precision(tiny_folder):
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_any_scheduler_of_a_published_checkpoint_loads(scheduler, tmp_path):
     """Levels are those of DDIM with the checkpoint's betas and spacing."""
-    made = getattr(diffusers, scheduler)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+    made = getattr(diffusers, scheduler)(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
+    )
     build_pipeline(tmp_path, scheduler=made).save_pretrained(tmp_path / "model")
     levels = load_policy(tmp_path / "model").levels(10)
     reference = diffusers.DDIMScheduler(
@@ -101,7 +103,9 @@ def test_unknown_families_list_the_known(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "ShapEPipeline"}))
-    with pytest.raises(ValueError, match="ShapEPipeline, which kilter cannot drive yet; supported: StableDiffusionPipeline"):
+    with pytest.raises(
+        ValueError, match="ShapEPipeline, which kilter cannot drive yet; supported: StableDiffusionPipeline"
+    ):
         load_policy(folder)
 
 
