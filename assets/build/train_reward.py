@@ -9,6 +9,7 @@ Bradley-Terry loss of assets/preferences, images of tiny-sd labelled by noisy an
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as parquet
 import torch
 from common import ASSETS, SIZE, WORK, Run, arguments, autocast
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from train_unet import tokenize
 from transformers import CLIPTokenizer
@@ -66,6 +68,21 @@ def preferences(split: str, tokenizer: CLIPTokenizer) -> tuple[torch.Tensor, tor
     return decode("jpg_0"), decode("jpg_1"), tokenize(tokenizer, rows["caption"]), labels
 
 
+@torch.no_grad()
+def export(network: Network, tokenizer: CLIPTokenizer, images: torch.Tensor, captions: torch.Tensor) -> None:
+    """Writes assets/tiny-reward in half precision, with the mean and deviation of the scores of these images."""
+    network.half().float()  # measure what is written
+    ends = captions == tokenizer.eos_token_id
+    mask = ends.cumsum(1) - ends.long() == 0  # up to and with the first end token
+    scores = torch.cat([network(i.float() / 255, c, m) for i, c, m in zip(*(t.split(500) for t in (images, captions, mask)), strict=True)])
+    folder = ASSETS / "tiny-reward"
+    tokenizer.save_pretrained(folder)
+    config = {"network": dict(NETWORK, vocab=len(tokenizer), length=tokenizer.model_max_length)}
+    config |= {"mean": scores.mean().item(), "std": scores.std().item()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: value.half().contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors")
+
+
 def main() -> None:
     args = arguments(__doc__, minutes=20, seed=31, batch=64, lr=1e-3, stages=("scenes", "preferences"))
     tokenizer = CLIPTokenizer.from_pretrained(WORK / "tokenizer")
@@ -79,22 +96,25 @@ def main() -> None:
     run = Run(f"reward_{args.stage}_run", args, optimizer, {"network": network})
     g, eos = run.generator, tokenizer.eos_token_id
 
-    def read(images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Raw scores of images in [0,1], roughened; the mask keeps everything up to the first end token."""
+    def read(images: torch.Tensor, *captions: torch.Tensor) -> torch.Tensor:
+        """Raw scores of B roughened images, each under several captions: (captions, B)."""
+        ids = torch.cat(captions)
+        mask = ((ids == eos).cumsum(1) - (ids == eos).long()) == 0  # up to and with the first end token
         with autocast():
-            return network(roughen(images, g), ids, (ids == eos).cumsum(1) - (ids == eos).long() == 0)
+            seen = network.see(roughen(images, g)).repeat(len(captions), 1, 1)
+            return network.read(seen, ids, mask).unflatten(0, (len(captions), -1))
 
     sums = torch.zeros(3)
     for step in run:
         relations = 0.05 if args.stage == "scenes" and run.progress < 0.3 else 1.0
         images, true, false = scenes.batch(args.batch, relations, g)
-        good, bad = read(images.repeat(2, 1, 1, 1), torch.cat([true, false])).chunk(2)
-        loss = F.softplus(bad - good).mean() + 0.5 * (F.softplus(-good) + F.softplus(bad)).mean()
+        good, bad, other = read(images, true, false, true.roll(1, 0))  # another scene's caption teaches the words
+        loss = F.softplus(bad - good).mean() + 0.5 * (F.softplus(-good) + F.softplus(bad) + F.softplus(other)).mean()
         agreed = torch.zeros(())
         if args.stage == "preferences":
             rows = torch.randint(len(labels), (args.batch,), generator=g)
             pair = torch.cat([first[rows], second[rows]]).float() / 255
-            left, right = read(pair, captions[rows].repeat(2, 1)).chunk(2)
+            left, right = read(pair, captions[rows].repeat(2, 1))[0].chunk(2)
             loss = 0.3 * loss + F.binary_cross_entropy_with_logits(left - right, labels[rows])
             agreed = ((left > right) == (labels[rows] > 0.5))[labels[rows] != 0.5].float().mean()
         loss.backward()
@@ -106,6 +126,8 @@ def main() -> None:
             loss, accuracy, agreement = (sums / 100).tolist()
             run.log(loss=loss, accuracy=accuracy, agreement=agreement)
             sums.zero_()
+    if args.stage == "preferences":
+        export(network, tokenizer, torch.cat([first, second]), captions.repeat(2, 1))
 
 
 if __name__ == "__main__":
