@@ -57,6 +57,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norms[1](x))
 
 
+def waves(side: int, width: int) -> Tensor:
+    """(side*side, width): sines and cosines of column and row, a start from which places are learned quickly."""
+    axis = (torch.arange(side) + 0.5) / side * torch.pi
+    phase = axis[:, None] * torch.arange(1, width // 4 + 1) / 4
+    code = torch.cat([phase.sin(), phase.cos()], 1)  # (side, width/2)
+    column, row = code.expand(side, -1, -1), code[:, None].expand(-1, side, -1)
+    return torch.cat([column, row], 2).flatten(0, 1)
+
+
 class Network(nn.Module):
     """Image (B,3,size,size) in [0,1] and padded token ids (B,L) to one raw score each, (B,)."""
 
@@ -68,21 +77,30 @@ class Network(nn.Module):
             nn.Conv2d(quarter, half, 3, 1, 1), nn.GroupNorm(8, half), nn.SiLU(),
             nn.Conv2d(half, width, 3, 2, 1),
         )  # fmt: skip
-        self.place = nn.Parameter(0.02 * torch.randn((size // 4) ** 2, width))
+        self.place = nn.Parameter(waves(size // 4, width))
         self.image = nn.ModuleList(Block(width, heads, cross=False) for _ in range(image_layers))
+        self.seen = nn.LayerNorm(width)
         self.words = nn.Embedding(vocab, width)
-        self.order = nn.Parameter(0.02 * torch.randn(length, width))
+        self.order = nn.Parameter(0.7 * torch.randn(length, width))  # as strong as a word, or order is not learned
         self.text = nn.ModuleList(Block(width, heads, cross=True) for _ in range(text_layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
 
-    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        image = self.stem(2 * pixels - 1).flatten(2).transpose(1, 2) + self.place  # (B,3,H,W) -> (B,N,width)
+    def see(self, pixels: Tensor) -> Tensor:
+        """Image tokens (B,N,width)."""
+        image = self.stem(2 * pixels - 1).flatten(2).transpose(1, 2) + self.place  # (B,width,H,W) -> (B,N,width)
         for block in self.image:
             image = block(image)
+        return self.seen(image)
+
+    def read(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Raw scores (B,) of image tokens read with captions."""
         text = self.words(ids) + self.order
         for block in self.text:
             text = block(text, mask, image)
         return self.head(text[:, 0]).float().squeeze(-1)
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.read(self.see(pixels), ids, mask)
 
 
 class CrossEncoder(Reward):

@@ -228,7 +228,7 @@ def detect(images: Tensor) -> list[list[Detection]]:
     border = torch.cat([x[:, :, :2].flatten(2), x[:, :, -2:].flatten(2), x[:, :, :, :2].flatten(2), x[:, :, :, -2:].flatten(2)], 2)
     ground = border.median(2).values[:, :, None, None]
     offset = x - ground  # (B,3,S,S)
-    contrast = offset.norm(dim=1)
+    contrast = offset.square().sum(1).sqrt()
     hues = torch.nn.functional.normalize(palette - ground[:, None, :, 0, 0], dim=-1)  # (B,colors,3)
     hue = torch.einsum("bchw,bkc->bkhw", offset, hues).argmax(1)  # blending with the background keeps the direction
     label = components(torch.where(contrast > CONTRAST, hue, -1))

@@ -1,7 +1,7 @@
 """Trains tiny-reward in two stages.
 
 `python train_reward.py scenes` learns to read: logistic loss on drawn scenes with one true caption and its near miss
-(exchanged positions, attributes, counts), relation words ("left of") only after a third of the time, because absolute places
+(exchanged positions, attributes, counts), relation words ("left of") only after 70 % of the time, because absolute places
 ("on the left") are learned first and carry over. `python train_reward.py preferences` goes on from there with the
 Bradley-Terry loss of assets/preferences, images of tiny-sd labelled by noisy annotators, mixed with drawn scenes.
 """
@@ -106,7 +106,7 @@ def main() -> None:
 
     sums = torch.zeros(3)
     for step in run:
-        relations = 0.05 if args.stage == "scenes" and run.progress < 0.3 else 1.0
+        relations = 0.05 if args.stage == "scenes" and run.progress < 0.7 else 1.0
         images, true, false = scenes.batch(args.batch, relations, g)
         good, bad, other = read(images, true, false, true.roll(1, 0))  # another scene's caption teaches the words
         loss = F.softplus(bad - good).mean() + 0.5 * (F.softplus(-good) + F.softplus(bad) + F.softplus(other)).mean()
