@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from torch import Tensor
 
+from align.loading import EMBEDDED
 from rewards import Prompt
 from samplers import DDIM, ODE, BestOfN, Consistency, NoiseBank, SeededNoise, always, rollout
 from samplers.families.sd import StableDiffusion
@@ -352,3 +353,23 @@ def test_gradient_of_the_pixels_reaches_the_latents(build):
     (weight * policy.decode(leaf)).sum().backward()
     sides = [float((weight * policy.decode(x0 + sign * 1e-6 * direction)).sum()) for sign in (1, -1)]
     assert float((leaf.grad * direction).sum()) == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [ODE(), DDIM(1.0), Consistency()], ids=repr)
+def test_the_embedded_model_equals_its_pipeline(share_noise, kernel):
+    """tiny-sd through the loop and through diffusers' own call: the same latents to 1e-5, the same pixels."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMBEDDED, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    lcm = isinstance(kernel, Consistency)
+    if lcm:
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    policy = StableDiffusion(pipe)
+    prompts, steps = ["a red circle left of a blue square", "three green stars"], 4 if lcm else 20
+    noise = SeededNoise([0, 1], policy.shape(policy.size))
+    share_noise(noise)
+    given = {"guidance_scale": 3.0, "num_inference_steps": steps, "latents": noise(0), "output_type": "latent"}
+    given |= {} if lcm else {"eta": float(kernel.eta) if isinstance(kernel, DDIM) else 0.0}
+    theirs = pipe(prompts, **given).images
+    ours = rollout(policy, kernel, policy.encode(prompts).with_guidance(3.0), policy.levels(steps), noise).x0
+    assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
+    torch.testing.assert_close(policy.decode(ours), policy.decode(theirs), rtol=0, atol=1e-4)
