@@ -16,6 +16,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base import Prompt, Reward, Scores
 
@@ -141,7 +142,7 @@ class Detection:
 
     Attributes:
         shape: None where the outline fits no shape.
-        color: the nearest named colour.
+        color: the named colour of most of it.
         x, y: centre, as shares of the image side, from the top left.
         area: share of the image.
         fit: overlap (intersection over union) with the best shape, in [0, 1].
@@ -155,6 +156,7 @@ class Detection:
     fit: float
 
 
+CHUNK = 64  # images read at once
 SIDE = 64  # pixels a side at which images are read
 SPECK = 0.008  # smaller components, as a share of the image, are dirt; the smallest drawn object covers 0.035
 CONTRAST = 0.35  # distance from the background at which a pixel belongs to an object; every colour is at least 0.7 away
@@ -176,7 +178,7 @@ def templates() -> Tensor:
     for shape in SHAPES:
         area = (gauge(shape, wx, wy) <= 1).float().mean() * 9
         inside = gauge(shape, x * area.sqrt(), y * area.sqrt()) <= 1
-        covers.append(torch.nn.functional.avg_pool2d(inside.float()[None], fine)[0])
+        covers.append(F.avg_pool2d(inside.float()[None], fine)[0])
     sharp, grid = torch.stack(covers), axis.view(FRAME, fine).mean(1)
     blurred = []
     for sigma in BLURS:
@@ -195,7 +197,6 @@ def components(kind: Tensor) -> Tensor:
     b, h, w = kind.shape
     own = torch.arange(h * w, device=kind.device).view(1, h, w).expand(b, h, w)
     label = torch.where(kind >= 0, own, -1)
-    pad = torch.nn.functional.pad
     sides = [(slice(1, None), slice(None)), (slice(None, -1), slice(None)), (slice(None), slice(1, None)), (slice(None), slice(None, -1))]
     while True:
         best = label.clone()
@@ -213,9 +214,10 @@ def components(kind: Tensor) -> Tensor:
 def detect(images: Tensor) -> list[list[Detection]]:
     """Reads every object of a batch of images.
 
-    The background is the median of the border. A pixel's difference from it, divided by the difference of the object's full
-    colour, is the share of the pixel the object covers, so blur changes neither an object's area nor its centre, and
-    outlines are compared at equal area and centre.
+    The background is the median of the border. A pixel's distance from it, divided by the largest distance nearby, is the
+    share of the pixel an object covers; blur then changes neither an object's area nor its centre, and outlines are
+    compared at equal area and centre. A silhouette that fits a shape is one object, named by the colour of most of it; any
+    other is cut where the colour changes, so two touching objects are still told apart.
 
     Args:
         images: (B,3,H,W) in [0,1], H and W at least 32.
@@ -223,42 +225,54 @@ def detect(images: Tensor) -> list[list[Detection]]:
     Returns:
         One list an image, largest object first.
     """
-    palette = torch.tensor(list(COLORS.values()), device=images.device)
-    x = torch.nn.functional.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+    if len(images) > CHUNK:
+        return [things for chunk in images.split(CHUNK) for things in detect(chunk)]
+    x = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
     border = torch.cat([x[:, :, :2].flatten(2), x[:, :, -2:].flatten(2), x[:, :, :, :2].flatten(2), x[:, :, :, -2:].flatten(2)], 2)
     ground = border.median(2).values[:, :, None, None]
     offset = x - ground  # (B,3,S,S)
     contrast = offset.square().sum(1).sqrt()
-    hues = torch.nn.functional.normalize(palette - ground[:, None, :, 0, 0], dim=-1)  # (B,colors,3)
+    cover = contrast / F.max_pool2d(contrast[:, None], 9, 1, 4)[:, 0].clamp(min=CONTRAST)
+    palette = torch.tensor(list(COLORS.values()), device=images.device)
+    hues = F.normalize(palette - ground[:, None, :, 0, 0], dim=-1)  # (B,colors,3)
     hue = torch.einsum("bchw,bkc->bkhw", offset, hues).argmax(1)  # blending with the background keeps the direction
-    label = components(torch.where(contrast > CONTRAST, hue, -1))
+    figure = contrast > CONTRAST
     found: list[list[Detection]] = [[] for _ in images]
+    whole = components(torch.where(figure, 0, -1))
+    for row, name, thing in measure(whole, cover, hue):
+        if thing.shape:
+            found[row].append(thing)
+            figure[row] &= whole[row] != name
+    for row, _, thing in measure(components(torch.where(figure, hue, -1)), cover, hue):
+        found[row].append(thing)
+    return [sorted(things, key=lambda thing: -thing.area) for things in found]
+
+
+def measure(label: Tensor, cover: Tensor, hue: Tensor) -> list[tuple[int, int, Detection]]:
+    """Measures every region of (B,S,S) labels: (image, label, what it is)."""
     regions = []
     for row, labels in enumerate(label):
         names, sizes = labels[labels >= 0].unique(return_counts=True)
         regions += [(row, name) for name, size in zip(names.tolist(), sizes.tolist(), strict=True) if size > SPECK * SIDE**2]
     if not regions:
-        return found
-    rows, names = torch.tensor(regions, device=images.device).T
+        return []
+    rows, names = torch.tensor(regions, device=label.device).T
     masks = label[rows] == names[:, None, None]  # (N,S,S)
-    grown = torch.nn.functional.max_pool2d(masks.float()[:, None], 5, 1, 2)[:, 0] > 0
+    near = F.max_pool2d(masks.float()[:, None], 5, 1, 2)[:, 0] > 0  # the soft edge lies outside the mask
     taken = torch.zeros(label.shape, device=label.device).index_add_(0, rows, masks.float()) > 0
-    zone = (masks | grown & ~taken[rows]).float()
-    strength = contrast[rows] * masks
-    core = (strength > 0.9 * strength.amax((1, 2), keepdim=True)).float()
-    color = torch.einsum("nchw,nhw->nc", x[rows], core) / core.sum((1, 2))[:, None]
-    full = color - ground[rows, :, 0, 0]
-    cover = (torch.einsum("nchw,nc->nhw", offset[rows], full) / full.square().sum(1)[:, None, None]).clamp(0, 1) * zone
-    area = cover.sum((1, 2))
-    axis = torch.arange(SIDE, device=images.device) + 0.5
-    cx, cy = (cover.sum(1) @ axis) / area, (cover.sum(2) @ axis) / area
-    fit, shape = outlines(cover, cx, cy, area).max(1)
-    named = torch.cdist(color, palette).argmin(1)
-    columns = (rows, shape, named, cx / SIDE, cy / SIDE, area / SIDE**2, fit)
-    for row, s, c, px, py, size, overlap in zip(*(column.tolist() for column in columns), strict=True):
-        kind = SHAPES[s] if overlap >= FIT else None
-        found[row].append(Detection(kind, list(COLORS)[c], px, py, size, overlap))
-    return [sorted(things, key=lambda thing: -thing.area) for things in found]
+    own = cover[rows] * (masks | near & ~taken[rows])
+    core = masks & (cover[rows] > 0.8)
+    votes = torch.stack([(core & (hue[rows] == k)).sum((1, 2)) for k in range(len(COLORS))], 1)
+    area = own.sum((1, 2))
+    axis = torch.arange(SIDE, device=label.device) + 0.5
+    cx, cy = (own.sum(1) @ axis) / area, (own.sum(2) @ axis) / area
+    fit, shape = outlines(own, cx, cy, area).max(1)
+    columns = (shape, votes.argmax(1), cx / SIDE, cy / SIDE, area / SIDE**2, fit)
+    things = [
+        Detection(SHAPES[s] if overlap >= FIT else None, list(COLORS)[c], x, y, size, overlap)
+        for s, c, x, y, size, overlap in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+    return [(row, name, thing) for (row, name), thing in zip(regions, things, strict=True)]
 
 
 def outlines(cover: Tensor, cx: Tensor, cy: Tensor, area: Tensor) -> Tensor:
@@ -267,7 +281,7 @@ def outlines(cover: Tensor, cx: Tensor, cy: Tensor, area: Tensor) -> Tensor:
     reach = area.sqrt()[:, None] * axis  # (N,FRAME) pixels from the centre
     gx, gy = ((centre[:, None] + reach) / SIDE * 2 - 1 for centre in (cx, cy))
     where = torch.stack([gx[:, None, :].expand(-1, FRAME, -1), gy[:, :, None].expand(-1, -1, FRAME)], -1)
-    seen = torch.nn.functional.grid_sample(cover[:, None], where, align_corners=False)  # (N,1,FRAME,FRAME)
+    seen = F.grid_sample(cover[:, None], where, align_corners=False)  # (N,1,FRAME,FRAME)
     ideal, seen = templates().to(cover.device)[None], seen[:, None]
     overlap = torch.minimum(seen, ideal).sum((-2, -1)) / torch.maximum(seen, ideal).sum((-2, -1))
     return overlap.amax(2)  # the blur that fits best

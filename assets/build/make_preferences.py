@@ -38,7 +38,7 @@ def prompts(count: int, seed: int) -> list[str]:
 def encode(image: torch.Tensor) -> bytes:
     """(3,H,W) uint8 to WebP bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "webp", quality=90, method=6)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "webp", quality=80, method=6)
     return buffer.getvalue()
 
 
@@ -89,13 +89,13 @@ def pairs(split: str, texts: list[str], seed: int) -> list[dict]:
 
 
 def main() -> None:
-    args = arguments(__doc__, minutes=0, seed=41, batch=0, lr=0)
+    args = arguments(__doc__, minutes=0, seed=41, batch=0, lr=0, stages=("train", "heldout"))
     folder = ASSETS / "preferences"
     folder.mkdir(exist_ok=True)
-    for split, texts in (("train", prompts(840, seed=8)), ("heldout", [row["prompt"] for row in heldout()])):
-        table = pa.Table.from_pylist(pairs(split, texts, args.seed))
-        parquet.write_table(table, folder / f"{split}.parquet", compression="zstd")
-        print(split, len(table), "rows", (folder / f"{split}.parquet").stat().st_size, "bytes")
+    texts = prompts(760, seed=8) if args.stage == "train" else [row["prompt"] for row in heldout()]
+    table = pa.Table.from_pylist(pairs(args.stage, texts, args.seed))
+    parquet.write_table(table, folder / f"{args.stage}.parquet", compression="zstd")
+    print(args.stage, len(table), "rows", (folder / f"{args.stage}.parquet").stat().st_size, "bytes")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,16 @@ from transformers import CLIPTokenizer
 
 sys.path.insert(0, str(ASSETS.parent))
 from rewards.crossencoder import Network
+from rewards.shapes import PLACES, RELATIONS
 
 NETWORK = dict(size=SIZE, width=128, heads=4, image_layers=2, text_layers=3)
 RELATIVE = re.compile("left of|right of|above|below")
+LAYOUT = {*" ".join([*PLACES, *RELATIONS]).split(), *"a an one single of photo picture image drawing and".split()}
+
+
+def content(caption: str) -> list[str]:
+    """The words of a caption that name things, sorted."""
+    return sorted(word for word in caption.split() if word not in LAYOUT)
 
 
 class Scenes:
@@ -39,12 +46,15 @@ class Scenes:
         flat = {key: [text for row in data[key] for text in row] for key in ("true", "false")}
         self.true, self.false = (tokenize(tokenizer, flat[key]).short().view(n, each, -1) for key in ("true", "false"))
         self.relative = torch.tensor([bool(RELATIVE.search(text)) for text in flat["true"]]).view(n, each)
+        same = [content(true) == content(false) for true, false in zip(flat["true"], flat["false"], strict=True)]
+        self.layout = torch.tensor(same).view(n, each)  # the near miss names the same things, elsewhere
 
     def batch(self, size: int, relations: float, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Images, true ids, false ids; relation captions are chosen `relations` times as often as others."""
-        rows = torch.randint(len(self.images), (size,), generator=generator)
-        weights = 1 - self.relative[rows] * (1 - relations)
-        pick = torch.multinomial(weights, 1, generator=generator).squeeze(1)
+        """Images, true ids, false ids; relations are heard `relations` times as often as the rest, and layouts five times."""
+        rows = torch.randint(len(self.images), (2 * size,), generator=generator)
+        weights = (1 + 4 * self.layout[rows]) * (1 - self.relative[rows] * (1 - relations))
+        chosen = torch.multinomial(weights.flatten(), size, generator=generator)
+        rows, pick = rows[chosen // weights.shape[1]], chosen % weights.shape[1]
         return self.images[rows].float() / 255, self.true[rows, pick].long(), self.false[rows, pick].long()
 
 
