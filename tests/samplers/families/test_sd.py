@@ -358,7 +358,7 @@ def test_gradient_of_the_pixels_reaches_the_latents(build):
 @pytest.mark.parametrize("kernel", [ODE(), DDIM(1.0), Consistency()], ids=repr)
 def test_the_embedded_model_equals_its_pipeline(share_noise, kernel):
     """tiny-sd through the loop and through diffusers' own call: the same latents to 1e-5, the same pixels."""
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMBEDDED, safety_checker=None)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMBEDDED, safety_checker=None, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     lcm = isinstance(kernel, Consistency)
     if lcm:
