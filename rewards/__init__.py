@@ -3,7 +3,9 @@
 from .base import Modality, Prompt, Reward, Scores, as_prompts
 from .clip import CLIPScore, DualEncoder, HPSv2, OpenCLIPScore, PickScore
 from .combine import Batched, Framewise, Weighted
+from .crossencoder import CrossEncoder
 from .preprocess import Preprocess
+from .shapes import Shapes
 from .simple import Brightness, Colour, JPEGSize, Sharpness, SmoothJPEGSize
 
 KILTER = True  # lets `align` recognise a stranger's package of the same name
@@ -13,6 +15,7 @@ __all__ = [
     "Brightness",
     "CLIPScore",
     "Colour",
+    "CrossEncoder",
     "DualEncoder",
     "Framewise",
     "HPSv2",
@@ -24,6 +27,7 @@ __all__ = [
     "Prompt",
     "Reward",
     "Scores",
+    "Shapes",
     "Sharpness",
     "SmoothJPEGSize",
     "Weighted",
