@@ -32,7 +32,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), self.key(context), self.value(context)))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.query(x), self.key(context), self.value(context))
+        )
         logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B,heads,N,M)
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None, None], -1e4)
@@ -69,7 +72,9 @@ def waves(side: int, width: int) -> Tensor:
 class Network(nn.Module):
     """Image (B,3,size,size) in [0,1] and padded token ids (B,L) to one raw score each, (B,)."""
 
-    def __init__(self, vocab: int, length: int, size: int, width: int, heads: int, image_layers: int, text_layers: int) -> None:
+    def __init__(
+        self, vocab: int, length: int, size: int, width: int, heads: int, image_layers: int, text_layers: int
+    ) -> None:
         super().__init__()
         half, quarter = width // 2, width // 4
         self.stem = nn.Sequential(
@@ -135,13 +140,16 @@ class CrossEncoder(Reward):
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Padded ids and mask, (B,L) each, remembered a text."""
         for text in set(texts) - self.tokens.keys():
-            out = self.tokenizer(text, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+            out = self.tokenizer(
+                text, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            )
             self.tokens[text] = (out.input_ids[0], out.attention_mask[0].bool())
         ids, masks = zip(*(self.tokens[text] for text in texts), strict=True)
         return torch.stack(ids), torch.stack(masks)
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:
         """(B,) z-scores."""
+        media = media.float() if media.dtype in (torch.float16, torch.bfloat16) else media  # bicubic needs it
         if media.shape[-2:] != (self.size, self.size):
             media = F.interpolate(media, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
         ids, mask = (t.to(media.device) for t in self.tokenize([p.text for p in prompts]))

@@ -82,7 +82,12 @@ def parse(text: str) -> Scene:
     Raises:
         ValueError: the text is not in the grammar.
     """
-    plain = " ".join(text.lower().split()).rstrip(".").replace(" to the left of ", " left of ").replace(" to the right of ", " right of ")
+    plain = (
+        " ".join(text.lower().split())
+        .rstrip(".")
+        .replace(" to the left of ", " left of ")
+        .replace(" to the right of ", " right of ")
+    )
     if start := PREFIX.match(plain):
         plain = plain[start.end() :]
     pieces = JOINT.split(plain)
@@ -197,7 +202,12 @@ def components(kind: Tensor) -> Tensor:
     b, h, w = kind.shape
     own = torch.arange(h * w, device=kind.device).view(1, h, w).expand(b, h, w)
     label = torch.where(kind >= 0, own, -1)
-    sides = [(slice(1, None), slice(None)), (slice(None, -1), slice(None)), (slice(None), slice(1, None)), (slice(None), slice(None, -1))]
+    sides = [
+        (slice(1, None), slice(None)),
+        (slice(None, -1), slice(None)),
+        (slice(None), slice(1, None)),
+        (slice(None), slice(None, -1)),
+    ]
     while True:
         best = label.clone()
         for here, there in ((sides[0], sides[1]), (sides[1], sides[0]), (sides[2], sides[3]), (sides[3], sides[2])):
@@ -228,7 +238,9 @@ def detect(images: Tensor) -> list[list[Detection]]:
     if len(images) > CHUNK:
         return [things for chunk in images.split(CHUNK) for things in detect(chunk)]
     x = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
-    border = torch.cat([x[:, :, :2].flatten(2), x[:, :, -2:].flatten(2), x[:, :, :, :2].flatten(2), x[:, :, :, -2:].flatten(2)], 2)
+    border = torch.cat(
+        [x[:, :, :2].flatten(2), x[:, :, -2:].flatten(2), x[:, :, :, :2].flatten(2), x[:, :, :, -2:].flatten(2)], 2
+    )
     ground = border.median(2).values[:, :, None, None]
     offset = x - ground  # (B,3,S,S)
     contrast = offset.square().sum(1).sqrt()
@@ -253,7 +265,9 @@ def measure(label: Tensor, cover: Tensor, hue: Tensor) -> list[tuple[int, int, D
     regions = []
     for row, labels in enumerate(label):
         names, sizes = labels[labels >= 0].unique(return_counts=True)
-        regions += [(row, name) for name, size in zip(names.tolist(), sizes.tolist(), strict=True) if size > SPECK * SIDE**2]
+        regions += [
+            (row, name) for name, size in zip(names.tolist(), sizes.tolist(), strict=True) if size > SPECK * SIDE**2
+        ]
     if not regions:
         return []
     rows, names = torch.tensor(regions, device=label.device).T
@@ -288,9 +302,10 @@ def outlines(cover: Tensor, cx: Tensor, cy: Tensor, area: Tensor) -> Tensor:
 
 
 class Shapes(Reward):
-    """The gold reward: 1 where every clause of the prompt holds in the image, else 0. NaN for a prompt outside the grammar.
+    """The gold reward of the embedded world: 1 where every clause of the prompt holds, else 0.
 
-    The rule is GenEval's (arXiv 2310.11513). A counting prompt wants exactly that number of objects and no others. Any
+    NaN for a prompt outside the grammar. The rule is GenEval's (arXiv 2310.11513). A counting prompt wants exactly that
+    number of objects and no others. Any
     other prompt wants its objects among those found, each found object standing for one noun; colours and places belong to
     the object that stands for the noun. One surplus object is forgiven, more are not: so an image full of everything, or
     of debris, fails. A relation holds where the centres are at least `MARGIN` apart along its axis, at most 60 degrees off
@@ -345,8 +360,12 @@ def match(things: list[Detection], scene: Scene) -> dict[str, float]:
     for chosen in itertools.permutations([*things[:12], *empty], len(nouns)):
         held = list(zip(nouns, chosen, strict=True))
         objects = [thing is not None and thing.shape == noun.shape for noun, thing in held]
-        colors = [ok and thing.color == noun.color for ok, (noun, thing) in zip(objects, held, strict=True) if noun.color]
-        places = [ok and stands(thing, noun.place) for ok, (noun, thing) in zip(objects, held, strict=True) if noun.place]
+        colors = [
+            ok and thing.color == noun.color for ok, (noun, thing) in zip(objects, held, strict=True) if noun.color
+        ]
+        places = [
+            ok and stands(thing, noun.place) for ok, (noun, thing) in zip(objects, held, strict=True) if noun.place
+        ]
         if scene.relation:
             places.append(all(objects) and relates(chosen[0], chosen[1], scene.relation))
         key = (sum(objects) + sum(colors) + sum(places), objects, colors, places)

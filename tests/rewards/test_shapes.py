@@ -39,7 +39,11 @@ def drawn(world):
         ("three green crosses", Scene((Noun("cross", "green", 3),)), "counting"),
         ("an orange ring", Scene((Noun("ring", "orange"),)), "colors"),
         ("a red circle on the left", Scene((Noun("circle", "red", place="on the left"),)), "position"),
-        ("a red circle to the left of a blue square", Scene((Noun("circle", "red"), Noun("square", "blue")), "left of"), "position"),
+        (
+            "a red circle to the left of a blue square",
+            Scene((Noun("circle", "red"), Noun("square", "blue")), "left of"),
+            "position",
+        ),
         ("a red circle and a blue square", Scene((Noun("circle", "red"), Noun("square", "blue"))), "color_attr"),
         (
             "a star at the top and a black ring at the bottom",
@@ -53,7 +57,9 @@ def test_parse_reads_the_grammar(text, scene, task):
     assert scene.task == task
 
 
-@pytest.mark.parametrize("text", ["", "a dog", "three green star", "a stars", "two circles and a square", "a red circle near a ring"])
+@pytest.mark.parametrize(
+    "text", ["", "a dog", "three green star", "a stars", "two circles and a square", "a red circle near a ring"]
+)
 def test_parse_refuses_what_it_cannot_read(text):
     with pytest.raises(ValueError, match="outside the world of shapes"):
         parse(text)
