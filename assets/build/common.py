@@ -45,6 +45,15 @@ def save(state: dict, path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def tidy(path: Path) -> None:
+    """Removes the build machine from a config, and lets half-precision files load as float32 by default."""
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 class Run:
     """One resumable run: progress, learning rate, log and checkpoint.
 

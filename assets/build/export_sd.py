@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import torch
-from common import ASSETS, WORK
+from common import ASSETS, WORK, tidy
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from train_unet import SCHEDULER, UNET, text_encoder
 from transformers import CLIPTokenizer
@@ -31,7 +32,10 @@ def main() -> None:
     )
     folder = ASSETS / "tiny-sd"
     pipe.to(torch.float16).save_pretrained(folder)
+    shutil.copytree(WORK / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # vocab.json for older transformers
     (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    for name in ("vae", "text_encoder"):
+        tidy(folder / name / "config.json")
     print(f"step {state['step']} written to {folder}")
 
 

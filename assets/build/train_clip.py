@@ -7,7 +7,7 @@ The image is classified among all captions of the batch and all near misses (com
 from __future__ import annotations
 
 import torch
-from common import ASSETS, SIZE, WORK, Run, arguments, autocast
+from common import ASSETS, SIZE, WORK, Run, arguments, autocast, tidy
 from torch.nn import functional as F
 from train_reward import Scenes, roughen
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -32,6 +32,7 @@ def export(model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side, image_mean=half, image_std=half)
     CLIPProcessor(images, tokenizer).save_pretrained(ASSETS / "tiny-clip")
     model.half().save_pretrained(ASSETS / "tiny-clip")
+    tidy(ASSETS / "tiny-clip" / "config.json")
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ def main() -> None:
             rows = torch.randint(len(labels), (args.batch,), generator=g)
             pair = torch.cat([first[rows], second[rows]]).float() / 255
             left, right = read(pair, captions[rows].repeat(2, 1))[0].chunk(2)
-            loss = 0.3 * loss + F.binary_cross_entropy_with_logits(left - right, labels[rows])
+            loss = loss + F.binary_cross_entropy_with_logits(left - right, labels[rows])
             agreed = ((left > right) == (labels[rows] > 0.5))[labels[rows] != 0.5].float().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
