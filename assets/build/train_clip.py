@@ -43,7 +43,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     run, target, total = Run("clip", args, optimizer, {"clip": model}), torch.arange(args.batch), torch.zeros(2)
     for step in run:
-        pixels, true, false = scenes.batch(args.batch, 0.05 if run.progress < 0.3 else 1.0, run.generator)
+        pixels, true, false, _ = scenes.batch(args.batch, 0.05 if run.progress < 0.3 else 1.0, run.generator)
         with autocast():
             output = model(input_ids=torch.cat([true, false]), pixel_values=2 * roughen(pixels, run.generator) - 1)
         logits = output.logits_per_image.float()  # (images, captions and near misses)

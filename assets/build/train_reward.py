@@ -28,6 +28,7 @@ from rewards.shapes import PLACES, RELATIONS
 
 NETWORK = dict(size=SIZE, width=128, heads=4, image_layers=2, text_layers=3)
 RELATIVE = re.compile("left of|right of|above|below")
+PLACED = re.compile("|".join([*PLACES, *RELATIONS]))
 LAYOUT = {*" ".join([*PLACES, *RELATIONS]).split(), *"a an one single of photo picture image drawing and".split()}
 
 
@@ -48,14 +49,28 @@ class Scenes:
         self.relative = torch.tensor([bool(RELATIVE.search(text)) for text in flat["true"]]).view(n, each)
         same = [content(true) == content(false) for true, false in zip(flat["true"], flat["false"], strict=True)]
         self.layout = torch.tensor(same).view(n, each)  # the near miss names the same things, elsewhere
+        names = [" ".join(PLACED.findall(text)) * alike for text, alike in zip(flat["true"], same, strict=True)]
+        index = {name: i for i, name in enumerate(sorted(set(names)))}
+        self.kind = torch.tensor([index[name] for name in names]).view(n, each)
+        self.error = torch.full((len(index),), 0.5)
 
     def batch(self, size: int, relations: float, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Images, true ids, false ids; relations are heard `relations` times as often as the rest, and layouts five times."""
+        """Images, true ids, false ids and kinds of near miss.
+
+        Relations are heard `relations` times as often as the rest, layouts five times, and what still fails more often.
+        """
         rows = torch.randint(len(self.images), (2 * size,), generator=generator)
         weights = (1 + 4 * self.layout[rows]) * (1 - self.relative[rows] * (1 - relations))
+        weights = weights * (0.1 + self.error[self.kind[rows]])
         chosen = torch.multinomial(weights.flatten(), size, generator=generator)
         rows, pick = rows[chosen // weights.shape[1]], chosen % weights.shape[1]
-        return self.images[rows].float() / 255, self.true[rows, pick].long(), self.false[rows, pick].long()
+        kinds = self.kind[rows, pick]
+        return self.images[rows].float() / 255, self.true[rows, pick].long(), self.false[rows, pick].long(), kinds
+
+    def learn(self, kinds: torch.Tensor, wrong: torch.Tensor) -> None:
+        """Updates the running error of each kind of near miss."""
+        count, failed = (kinds.bincount(w, minlength=len(self.error)) for w in (None, wrong.float()))
+        self.error[count > 0] = torch.lerp(self.error, failed / count, 0.05)[count > 0]
 
 
 def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -117,12 +132,13 @@ def main() -> None:
     sums = torch.zeros(3)
     for step in run:
         relations = 0.05 if args.stage == "scenes" and run.progress < 0.7 else 1.0
-        images, true, false = scenes.batch(args.batch, relations, g)
+        images, true, false, kinds = scenes.batch(args.batch, relations, g)
         good, bad, other = read(images, true, false, true.roll(1, 0))  # another scene's caption teaches the words
         loss = F.softplus(bad - good).mean() + 0.5 * (F.softplus(-good) + F.softplus(bad) + F.softplus(other)).mean()
+        scenes.learn(kinds, good <= bad)
         agreed = torch.zeros(())
         if args.stage == "preferences":
-            rows = torch.randint(len(labels), (args.batch,), generator=g)
+            rows = torch.randint(len(labels), (args.batch // 2,), generator=g)
             pair = torch.cat([first[rows], second[rows]]).float() / 255
             left, right = read(pair, captions[rows].repeat(2, 1))[0].chunk(2)
             loss = loss + F.binary_cross_entropy_with_logits(left - right, labels[rows])
@@ -134,7 +150,7 @@ def main() -> None:
         sums += torch.stack([loss.detach(), (good > bad).float().mean(), agreed])
         if (step + 1) % 100 == 0:
             loss, accuracy, agreement = (sums / 100).tolist()
-            run.log(loss=loss, accuracy=accuracy, agreement=agreement)
+            run.log(loss=loss, accuracy=accuracy, agreement=agreement, worst=scenes.error.max().item())
             sums.zero_()
     if args.stage == "preferences":
         export(network, tokenizer, torch.cat([first, second]), captions.repeat(2, 1))
