@@ -23,6 +23,13 @@ RUNS = {  # log: script, seed
     "reward_preferences_run": ("train_reward.py preferences", 31),
     "clip": ("train_clip.py", 51),
 }
+NOTES = {  # where the shipped run differs from running its script once
+    "unet": "the schedule was lengthened from 29 to 32.5 minutes at step 2500",
+    "reward_scenes_run": (
+        "position codes of today's strength were added to the weights at step 2500; layouts are drawn five times as often "
+        "since step 3000; drawing by running error came with the preference stage"
+    ),
+}
 SHIPPED = ("tiny-sd", "tiny-clip", "tiny-reward", "preferences", "prompts")
 
 
@@ -33,6 +40,7 @@ def training() -> dict:
         lines = [json.loads(line) for line in (WORK / f"{name}.jsonl").read_text().splitlines()]
         step, seconds = lines[-1].pop("step"), lines[-1].pop("seconds")
         records[name] = {"script": script, "seed": seed, "steps": step, "seconds": seconds, "first": lines[0], "last": lines[-1]}
+        records[name] |= {"note": NOTES[name]} if name in NOTES else {}
     return records
 
 

@@ -1,9 +1,10 @@
 """Trains tiny-reward in two stages.
 
 `python train_reward.py scenes` learns to read: logistic loss on drawn scenes with one true caption and its near miss
-(exchanged positions, attributes, counts), relation words ("left of") only after 70 % of the time, because absolute places
-("on the left") are learned first and carry over. `python train_reward.py preferences` goes on from there with the
-Bradley-Terry loss of assets/preferences, images of tiny-sd labelled by noisy annotators, mixed with drawn scenes.
+(exchanged positions, attributes, counts). Relation words ("left of") come only after 70 % of the time, because absolute places
+("on the left") are learned first and carry over; what still fails is drawn more often. `python train_reward.py preferences`
+goes on from there with the Bradley-Terry loss of assets/preferences, images of tiny-sd labelled by noisy annotators, mixed
+with drawn scenes.
 """
 
 from __future__ import annotations
