@@ -10,6 +10,7 @@ Media are float tensors with values in [0, 1]: images (B, 3, H, W), video (B, F,
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,11 +86,24 @@ class Reward(nn.Module, ABC):
         modality: what it looks at.
         differentiable: whether a gradient with respect to the media exists.
         needs_prompt: whether the prompt matters.
+        arguments: what its constructor was called with.
     """
 
     modality: Modality = "image"
     differentiable: bool = True
     needs_prompt: bool = True
+    arguments: Mapping[str, Any] = EMPTY
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Reward:
+        """Remembers the constructor's arguments, so that a result file can say how the reward was made."""
+        reward = super().__new__(cls)
+        try:
+            arguments = dict(inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments)
+        except TypeError:  # __init__ itself will say what is wrong
+            arguments = {}
+        arguments.pop("self", None)
+        object.__setattr__(reward, "arguments", arguments)
+        return reward
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,19 +121,21 @@ class Reward(nn.Module, ABC):
             prompts: one a sample; may be empty for a reward that needs none.
 
         Returns:
-            Scores with float32 values, part of the graph if `media` requires a gradient.
+            Scores with float32 values, part of the graph if `media` requires a gradient; NaN for samples that are not finite.
 
         Raises:
             TypeError, ValueError: the media have the wrong type, rank, channel count or range, or the prompts do not
             match.
             RuntimeError: a gradient was asked of a reward that has none.
         """
-        self.check(media)
+        finite = self.check(media)
         prompts = as_prompts(prompts)
         if (prompts or self.needs_prompt) and len(prompts) != len(media):
             raise ValueError(
                 f"{self.name} needs one prompt a sample: got {len(prompts)} prompts for {len(media)} samples"
             )
+        if finite is not None:
+            return self._score_finite(media, prompts, finite)
         wants_gradient = torch.is_grad_enabled() and media.requires_grad
         if wants_gradient and not self.differentiable:
             raise RuntimeError(
@@ -148,8 +164,17 @@ class Reward(nn.Module, ABC):
         """How messages and result files call this reward."""
         return type(self).__name__
 
-    def check(self, media: Tensor) -> None:
-        """Raises unless `media` has the layout of `modality`."""
+    def _score_finite(self, media: Tensor, prompts: list[Prompt], finite: Tensor) -> Scores:
+        """Scores the finite samples; the others get NaN."""
+        missing = torch.full((len(media),), torch.nan, device=media.device)
+        if not bool(finite.any()):
+            return Scores(missing)
+        scores = self.score(media[finite], [p for p, f in zip(prompts, finite.tolist(), strict=False) if f])
+        spread = {k: missing.masked_scatter(finite, v) for k, v in {"": scores.total, **scores.parts}.items()}
+        return Scores(spread.pop(""), spread)
+
+    def check(self, media: Tensor) -> Tensor | None:
+        """Raises unless `media` has the layout of `modality`; (B,) which samples are finite, or None if all are."""
         rank, channels, layout = LAYOUT[self.modality]
         if not isinstance(media, Tensor):
             raise TypeError(f"{self.name}: media must be a tensor {layout}; got {type(media).__name__}")
@@ -161,17 +186,24 @@ class Reward(nn.Module, ABC):
         if self.modality == "tokens":
             if media.is_floating_point():
                 raise TypeError(f"{self.name}: media must be {layout}; {got}")
-            return
+            return None
         if not media.is_floating_point():
             hint = ": divide by 255" if media.dtype == torch.uint8 else ""
             raise TypeError(f"{self.name}: media must be {layout}; {got}{hint}")
         if media.numel() == 0:
             raise ValueError(f"{self.name}: media must not be empty; {got}")
         low, high = torch.aminmax(media.detach())
+        finite = None
+        if not (low.isfinite() and high.isfinite()):
+            finite = media.detach().flatten(1).isfinite().all(1)
+            low, high = (
+                torch.aminmax(media.detach()[finite]) if bool(finite.any()) else (low.new_zeros(()), low.new_ones(()))
+            )
         floor = -1.0 if self.modality == "audio" else 0.0
-        if not (low >= floor - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also catches NaN
+        if low < floor - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
             hint = ": pass (media + 1) / 2" if floor == 0 and low >= -1.01 and high <= 1.01 else ""
             raise ValueError(f"{self.name}: media must be {layout}; {got} spanning [{low:.3g}, {high:.3g}]{hint}")
+        return finite
 
     def train(self, mode: bool = True) -> Reward:
         """Keeps eval mode whatever is asked."""

@@ -77,9 +77,9 @@ class Kernel(ABC):
             )
         return std * torch.tensor(self.noisy_steps, dtype=std.dtype)
 
-    def diversifies(self, levels: Levels) -> bool:
-        """Whether any step is stochastic, so that copies of one state come apart."""
-        return bool((self.stds(levels) > 0).any())
+    def diversifies(self, levels: Levels, start: int = 0) -> bool:
+        """Whether any step from `start` on is stochastic, so that copies of one state come apart."""
+        return bool((self.stds(levels)[start:] > 0).any())
 
     @abstractmethod
     def std(self, now: Levels, to: Levels) -> Tensor:
@@ -192,8 +192,8 @@ class Unmask(Kernel):
     def std(self, now: Levels, to: Levels) -> Tensor:
         return torch.zeros_like(to.sigma)
 
-    def diversifies(self, levels: Levels) -> bool:
-        return True
+    def diversifies(self, levels: Levels, start: int = 0) -> bool:
+        return start < levels.steps
 
     def law(self, clean: Clean, x: Tensor, now: Levels, to: Levels, std: Tensor) -> Transition:
         log_p = (clean.x0 / self.temperature).log_softmax(-1)

@@ -19,7 +19,7 @@ from .kernels import DDIM, Kernel
 from .levels import Clean, Levels, Prediction, to_clean
 
 if TYPE_CHECKING:
-    from rewards.base import Prompt
+    from rewards.base import Modality, Prompt
 
 __all__ = ["Cond", "Policy", "Size", "Speaker"]
 
@@ -36,8 +36,8 @@ class Cond:
     Attributes:
         positive: named tensors, each (B, …).
         negative: the same names for the unconditional branch, or None for a model without guidance.
-        guidance: classifier-free guidance scale; 1 switches the unconditional branch off. Networks that take the scale as an
-            input read it from here.
+        guidance: classifier-free guidance scale; 1 or less switches the unconditional branch off. Networks that take the
+            scale as an input read it from here.
     """
 
     positive: Mapping[str, Tensor]
@@ -50,7 +50,9 @@ class Cond:
         if len(set(sizes.values())) > 1:
             raise ValueError(f"every condition needs one row a sample; got {sizes}")
         if self.negative is not None and set(self.negative) != set(self.positive):
-            raise ValueError(f"negative must name the tensors of positive, {sorted(self.positive)}; got {sorted(self.negative)}")
+            raise ValueError(
+                f"negative must name the tensors of positive, {sorted(self.positive)}; got {sorted(self.negative)}"
+            )
 
     def __len__(self) -> int:
         return len(next(iter(self.positive.values()), ()))
@@ -70,8 +72,8 @@ class Cond:
 
     @property
     def guided(self) -> bool:
-        """Whether the unconditional branch is evaluated."""
-        return self.negative is not None and self.guidance != 1.0
+        """Whether the unconditional branch is evaluated: as in diffusers, at scales above 1."""
+        return self.negative is not None and self.guidance > 1.0
 
     def both(self) -> Cond:
         """Negative rows, then positive rows: one batch for one network call."""
@@ -93,6 +95,8 @@ class Policy(nn.Module, ABC):
         guidance, steps: what a run uses when it is not told otherwise.
         size: the native media size in pixels.
         source: the folder or hub id it was loaded from.
+        modality: what it makes.
+        world: the name of a procedural world whose exact detector can judge it, or "".
     """
 
     network: nn.Module
@@ -101,6 +105,8 @@ class Policy(nn.Module, ABC):
     steps: int = 20
     size: Size = ()
     source: str = ""
+    modality: Modality = "image"
+    world: str = ""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str | Prompt]) -> Cond:
@@ -143,11 +149,15 @@ class Policy(nn.Module, ABC):
 
     def denoise(self, x: Tensor, at: Levels, cond: Cond) -> Clean:
         """The guided clean estimate at level `at`, in at least float32, from one batched network call."""
+        return to_clean(self.prediction, self.output(x, at, cond), x, at)
+
+    def output(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
+        """What the network predicts, guidance applied."""
         if not cond.guided:
-            return to_clean(self.prediction, self.predict(x, at, cond), x, at)
+            return self.predict(x, at, cond)
         doubled = at if at.t.ndim == 0 else Levels(*(torch.cat([v, v]) for v in (at.t, at.alpha, at.sigma)))
         negative, positive = self.predict(torch.cat([x, x]), doubled, cond.both()).chunk(2)
-        return to_clean(self.prediction, negative + cond.guidance * (positive - negative), x, at)
+        return negative + cond.guidance * (positive - negative)
 
     @contextmanager
     def acting_as(self, who: Speaker) -> Iterator[None]:

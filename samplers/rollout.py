@@ -19,7 +19,7 @@ from rewards.base import Prompt, as_prompts
 
 from .kernels import Kernel
 from .ledger import Ledger
-from .levels import Clean, Levels
+from .levels import Clean, Levels, to_clean
 from .noise import Noise, SeededNoise
 from .policy import Cond, Policy
 from .steering import FREE, Context, RewardFailed, Steering
@@ -37,7 +37,7 @@ __all__ = [
     "rollout",
 ]
 
-GradWindow = Callable[[int, int], bool]
+GradWindow = Callable[[int, int], bool]  # (step, steps) → does this step's network call build a graph?
 Record = Literal["final", "path"]
 
 
@@ -176,12 +176,13 @@ def rollout(
         noise: noise(0) is the initial state (B, …); noise(i) drives the i-th step.
         particles: K, rows a prompt; they form consecutive blocks.
         prompts: P or B prompts for the steering's rewards.
-        grad: which steps build a graph; they run under activation checkpointing.
+        grad: which steps' network calls build a graph; they run under activation checkpointing. From the first of them on
+            the states stay in the graph, past later network calls outside the window too.
         record: "path" keeps every state and log-probability.
         watch: called after every step, and once at the end, with the population: progress bars and live previews.
 
     Returns:
-        The trajectory; `x0` belongs to the graph of the steps in `grad`.
+        The trajectory; `x0` belongs to the graph if any step was in `grad`.
 
     Raises:
         ValueError: rows, prompts or steering do not fit together; raised before the network runs.
@@ -193,18 +194,18 @@ def rollout(
     x = x.to(policy.device, policy.dtype if x.is_floating_point() else x.dtype)
     ctx = _population(policy, kernel, cond, levels, noise, len(x), particles, as_prompts(list(prompts)), steering)
     ctx.enter(0, x, Clean(x, x))  # nothing is known yet
-    guided = bool(ctx._tilting)
-    if guided and grad is not never:
+    if grad is not never and any(steering.tilting(i / levels.steps) for i in range(levels.steps)):
         raise ValueError(
             f"{steering} needs gradients of its own, so it cannot steer a rollout that builds a training graph"
         )
     steering.check(ctx)
-    path, log_probs, building = [x], [], False
+    path, log_probs, opened = [x], [], False
     try:
         for i in range(levels.steps):
             building = grad(i, levels.steps)
-            with torch.set_grad_enabled(building):
-                clean, x = _denoise(ctx, x, levels[i], guided)
+            opened = opened or building
+            with torch.set_grad_enabled(opened):
+                clean, x = _denoise(ctx, x, levels[i], building, guided=bool(steering.tilting(i / levels.steps)))
                 ctx.enter(i, x, clean)
                 if (ancestors := steering.select(ctx)) is not None:
                     ctx.take(ancestors)
@@ -213,14 +214,14 @@ def rollout(
                 ctx.release()
                 x = law.sample(noise(i + 1)).to(x.dtype)
                 if law is not base:
-                    ratio = (base.log_prob(x).double() - law.log_prob(x).double()).detach()
+                    ratio = base.log_ratio(law, x).detach()
                     ctx.log_ratio = ratio if ctx.log_ratio is None else ctx.log_ratio + ratio
                 if record == "path":
                     path.append(x)
                     log_probs.append(law.log_prob(x) if law.stochastic else x.new_zeros(len(x), dtype=torch.float32))
                 if watch is not None:
                     watch(ctx)
-        with torch.set_grad_enabled(building):
+        with torch.set_grad_enabled(opened):
             ctx.enter(levels.steps, x, Clean(x, x))
             if steering is not FREE and (ancestors := steering.select(ctx)) is not None:
                 ctx.take(ancestors)
@@ -231,16 +232,20 @@ def rollout(
     return _trajectory(ctx, path if record == "path" else [], log_probs, None)
 
 
-def _denoise(ctx: Context, x: Tensor, at: Levels, guided: bool) -> tuple[Clean, Tensor]:
+def _denoise(ctx: Context, x: Tensor, at: Levels, building: bool, guided: bool) -> tuple[Clean, Tensor]:
     """The clean estimate, and the state it is a function of: a fresh leaf if a steering will differentiate it."""
-    with ctx.ledger.spend("network", len(x) * (1 + ctx.cond.guided), x.device):
+    policy, cond = ctx.policy, ctx.cond
+    with ctx.ledger.spend("network", len(x) * (1 + cond.guided), x.device):
         if guided:
             x = x.detach().requires_grad_()
             with torch.enable_grad():
-                return ctx.policy.denoise(x, at, ctx.cond), x
-        if torch.is_grad_enabled():
-            return checkpoint(ctx.policy.denoise, x, at, ctx.cond, use_reentrant=False, preserve_rng_state=False), x  # pyright: ignore
-        return ctx.policy.denoise(x, at, ctx.cond), x
+                return policy.denoise(x, at, cond), x
+        if building:
+            clean = checkpoint(policy.denoise, x, at, cond, use_reentrant=False, preserve_rng_state=False)
+            return clean, x  # pyright: ignore
+        with torch.no_grad():
+            output = policy.output(x, at, cond)
+        return to_clean(policy.prediction, output, x, at), x  # after a window, the graph goes on around the network
 
 
 def _population(policy, kernel, cond, levels, noise, rows, particles, prompts, steering) -> Context:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rewards.base import Reward
 
-from .resampling import Scheme, ess, log_mean_exp, resample, temper
+from .resampling import UNBIASED, Scheme, ess, log_mean_exp, resample, temper
 from .steering import Context, RewardFailed, Steering
 
 __all__ = ["SVDD", "BestOfN", "CoDe", "FeynmanKac", "Potential", "Tempering"]
@@ -49,9 +49,11 @@ class FeynmanKac(Steering):
             group at each event (no longer a sampler: log Z is then NaN); infinity leaves the model as it is.
         potential: how intermediate rewards become weights; all reach the same target.
         resampler: see `samplers.resampling`; "argmax" is greedy and leaves log Z without meaning.
-        ess_threshold: resample a group when its effective sample size is at most this share of K; 1 resamples at every event.
+        ess_threshold: resample a group when its effective sample size is at most this share of K; 1 resamples at every event,
+            0 never. Two or three particles use at least 0.75: the size of a pair lies in [1, 2], so that 0.5 would be never.
         every: steps between events, ≥ 1.
-        start, stop: the fraction of the run's steps, in [0, 1], within which events lie. The last weighting always happens.
+        start, stop: the fraction of the run's steps, in [0, 1], within which events lie. The last weighting always happens,
+            and there is no event after the last stochastic step, from which on copies of a particle would stay identical.
         tempering: γ, the strength of intermediate potentials: "constant" 1, "linear" in steps, or "adaptive": the largest
             value that keeps the effective sample size at the threshold, never decreasing.
         draws: clean estimates averaged into an intermediate value; more than 1 looks ahead stochastically, which costs one
@@ -82,6 +84,10 @@ class FeynmanKac(Steering):
             raise ValueError(f"every and draws must be ≥ 1; got {every} and {draws}")
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"start and stop are fractions of the run, 0 <= start <= stop <= 1; got {start}, {stop}")
+        if tempering == "adaptive" and not 0 < ess_threshold < 1:
+            raise ValueError(
+                f"adaptive tempering keeps the effective sample size at ess_threshold, in (0, 1); got {ess_threshold}"
+            )
         self.reward, self.beta, self.potential = reward, beta, potential
         self.resampler: Scheme = resampler
         self.ess_threshold, self.every, self.start, self.stop = ess_threshold, every, start, stop
@@ -99,16 +105,17 @@ class FeynmanKac(Steering):
 
     def check(self, ctx: Context) -> None:
         self._need_reward()
-        events = self.events(ctx.levels.steps)
-        resamples = ctx.particles > 1 and self.family(ctx.particles) > 1 and self.resampler != "none"
-        if events and resamples and self.ess_threshold > 0 and not ctx.kernel.diversifies(ctx.levels):
+        wanted = self.events(ctx.levels.steps)
+        resamples = self.family(ctx.particles) > 1 and self.resampler != "none" and self.ess_threshold > 0
+        if wanted and resamples and not ctx.kernel.diversifies(ctx.levels, wanted[0]):
             raise ValueError(
                 f"{type(self).__name__} resamples, but {ctx.kernel} is deterministic: copies of a particle would stay identical. "
                 "Use a stochastic kernel such as DDIM(eta=1), or BestOfN"
             )
 
     def select(self, ctx: Context) -> Tensor | None:
-        if not ctx.final and ctx.step not in self.events(ctx.levels.steps):
+        due = ctx.step in self.events(ctx.levels.steps) and ctx.kernel.diversifies(ctx.levels, ctx.step)
+        if not ctx.final and not due:
             return None
         value = self._value(ctx)
         proposals = self._take_log_ratio(ctx)
@@ -126,12 +133,16 @@ class FeynmanKac(Steering):
         size = torch.zeros(len(families), dtype=torch.float64)
         size[alive] = ess(families[alive])
         ctx.ess.append(size.reshape(ctx.groups, -1).sum(1))
-        if ctx.final and self.beta > 0 and self.resampler != "argmax":
+        if ctx.final and self.beta > 0 and self.resampler in UNBIASED | {"none"}:
             ctx.log_z = log_mean_exp(ctx.log_w)
         if ctx.final or self.resampler == "none":
             return None
-        due = alive & (size <= self.ess_threshold * families.shape[1] * (1 + 1e-6))
-        return self._resample(ctx, families, due)
+        return self._resample(ctx, families, alive & (size <= self._enough(families.shape[1])))
+
+    def _enough(self, width: int) -> float:
+        """The effective sample size up to which a family of `width` is resampled."""
+        share = max(self.ess_threshold, 0.75) if width < 4 and self.ess_threshold > 0 else self.ess_threshold
+        return share * width * (1 + 1e-6)
 
     def _resample(self, ctx: Context, families: Tensor, due: Tensor) -> Tensor | None:
         """Ancestors (P, K) after resampling the families that are due; their log weights become their log mean."""
@@ -175,7 +186,7 @@ class FeynmanKac(Steering):
         if self.tempering == "linear":
             return torch.full((ctx.groups, 1), (ctx.step + 1) / ctx.levels.steps, dtype=torch.float64)
         floor = ctx.rows.get("gamma", torch.zeros_like(log_w))[:, 0]
-        gamma = temper(log_w, increment, floor, self.ess_threshold * ctx.particles)
+        gamma = temper(log_w, increment, floor, max(1.0, self.ess_threshold * ctx.particles))
         ctx.rows["gamma"] = gamma.reshape(-1, 1).expand_as(log_w)
         return gamma.reshape(-1, 1)
 
@@ -184,11 +195,11 @@ class FeynmanKac(Steering):
         reward = self._need_reward()
         estimate = self.draws == 1 and ctx.clean.eps is not None  # tokens have no mean: their estimate is a draw
         if ctx.final or estimate:
-            scores = ctx.score(reward).double()
+            scores = ctx.score(reward).cpu().double()
         else:
-            drawn = [ctx.score_of(ctx.posterior_draw(j), reward).double() for j in range(self.draws)]
+            drawn = [ctx.score_of(ctx.posterior_draw(j), reward).cpu().double() for j in range(self.draws)]
             scores = self._soft_mean(torch.stack(drawn))
-        value = scores.detach().cpu().reshape(ctx.groups, ctx.particles)
+        value = scores.reshape(ctx.groups, ctx.particles)
         failed = value.isnan()
         if bool(failed.any()):
             ctx.failures[reward.name] = ctx.failures.get(reward.name, 0) + int(failed.sum())
@@ -198,6 +209,8 @@ class FeynmanKac(Steering):
                 )
                 raise RewardFailed(f"{reward.name} could judge no sample of {prompt!r} at step {ctx.step}")
         value = value.masked_fill(failed, -torch.inf)
+        if bool((value.amax(1) == -torch.inf).any()):
+            raise RewardFailed(f"{reward.name} gave every particle of a prompt −∞ or NaN at step {ctx.step}")
         ctx.rows["reward"] = value
         return value
 
@@ -212,7 +225,7 @@ class FeynmanKac(Steering):
     def _take_log_ratio(self, ctx: Context) -> Tensor:
         if ctx.log_ratio is None:
             return torch.zeros_like(ctx.log_w)
-        ratio, ctx.log_ratio = ctx.log_ratio.cpu().reshape(ctx.groups, ctx.particles), None
+        ratio, ctx.log_ratio = ctx.log_ratio.cpu().double().reshape(ctx.groups, ctx.particles), None
         return ratio
 
     def _refuse_degenerate(self, ctx: Context) -> None:
@@ -286,6 +299,8 @@ class CoDe(SVDD):
     """
 
     def __init__(self, reward: Reward | None = None, block: int = 5) -> None:
+        if block < 1:
+            raise ValueError(f"block must be ≥ 1; got {block}")
         super().__init__(reward, beta=0.0, every=block)
         self.block = block
 

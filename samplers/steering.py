@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from abc import ABC
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .kernels import DDIM, Kernel
 from .ledger import Ledger
 from .levels import Clean, Levels
 from .noise import Noise, side_generator
-from .transitions import Transition
+from .transitions import Categorical, Transition
 
 if TYPE_CHECKING:
     from .policy import Cond, Policy
@@ -75,12 +75,13 @@ class Context:
         self.ancestors: list[tuple[int, Tensor]] = []
         self.failures: dict[str, int] = {}
         self.ledger = Ledger()
-        self._tilting = steering.tilting()
+        self.steering = steering
         self.x: Tensor
         self.clean: Clean
         self.media: Tensor | None = None
         self.log_ratio: Tensor | None = None
         self._graph: tuple[Tensor, Tensor] | None = None
+        self._taken: Tensor | None = None
 
     @property
     def final(self) -> bool:
@@ -89,7 +90,7 @@ class Context:
 
     def enter(self, step: int, x: Tensor, clean: Clean) -> None:
         """Moves to a step; what was computed for the last one is dropped."""
-        self.step, self._scores, self._gradients = step, {}, {}
+        self.step, self._scores, self._gradients, self._taken = step, {}, {}, None
         self._graph = (x, clean.x0) if x.is_leaf and x.requires_grad else None
         self.x, self.clean = x, clean
 
@@ -103,6 +104,7 @@ class Context:
         self.cond = self.cond[rows]
         self._scores = {name: value[rows] for name, value in self._scores.items()}
         self._gradients = {name: value[rows] for name, value in self._gradients.items()}
+        self._taken = rows if self._taken is None else self._taken[rows]
         if self.log_ratio is not None:
             self.log_ratio = self.log_ratio[rows]
 
@@ -112,7 +114,7 @@ class Context:
         Where a steering tilts by this reward, its gradient with respect to x is computed in the same pass.
         """
         if id(reward) not in self._scores:
-            if self._graph is not None and any(reward is r for r in self._tilting) and not self.final:
+            if self._graph is not None and any(reward is r for r in self.tilting):
                 self._score_and_gradient(reward)
             else:
                 self._scores[id(reward)] = self.score_of(self.clean.x0, reward)
@@ -134,16 +136,24 @@ class Context:
             with self.ledger.spend("reward", len(x0), x0.device):
                 return reward(media, self.prompts)
 
+    @property
+    def tilting(self) -> list[Reward]:
+        """Rewards whose gradients the steering asks for at this step."""
+        return [] if self.final else self.steering.tilting(self.step / self.levels.steps)
+
     def _score_and_gradient(self, reward: Reward) -> None:
+        """Both from one pass over the step's graph, whose rows are in the order before this step's selection."""
         assert self._graph is not None
         x, x0 = self._graph
         with torch.enable_grad():
             scores = self.score_of(x0, reward)
             with self.ledger.spend("gradient", len(x), x.device):
-                more = len(self._gradients) + 1 < len(self._tilting)
+                more = len(self._gradients) + 1 < len(self.tilting)
                 (gradient,) = torch.autograd.grad(scores.nansum(), x, retain_graph=more)
-        self._scores[id(reward)] = scores.detach()
-        self._gradients[id(reward)] = gradient
+        scores = scores.detach()
+        if self._taken is not None:
+            scores, gradient = scores[self._taken], gradient[self._taken]
+        self._scores[id(reward)], self._gradients[id(reward)] = scores, gradient
 
     def release(self) -> None:
         """Lets go of the step's graph once its rewards have been differentiated."""
@@ -159,8 +169,7 @@ class Context:
         """
         noise = self._side_noise(draw)
         if self.clean.eps is None:
-            gumbel = -torch.log(-torch.special.log_ndtr(noise))
-            guess = (self.clean.x0.double() + gumbel).argmax(-1)
+            guess = Categorical(self.clean.x0).sample(noise)
             return torch.where(self.x == self.clean.x0.shape[-1], guess, self.x)
         middle = (self.step + self.levels.steps + 1) // 2
         if middle >= self.levels.steps:
@@ -174,7 +183,7 @@ class Context:
     def _side_noise(self, draw: int) -> Tensor:
         shape, device = self.clean.x0.shape[1:], self.x.device
         generators = (side_generator(self.noise, row, self.step, 1 + draw) for row in range(len(self.x)))
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, torch.float64)
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     def generators(self) -> list[torch.Generator]:
         """One generator a group for this step's resampling, tied to the seed of the group's first row."""
@@ -197,8 +206,8 @@ class Steering(ABC):
     def check(self, ctx: Context) -> None:
         """Raises before any network runs if this steering cannot work in this run."""
 
-    def tilting(self) -> list[Reward]:
-        """Rewards whose gradients `propose` will ask for."""
+    def tilting(self, progress: float) -> list[Reward]:
+        """Rewards whose gradients `propose` will ask for when this share of the steps, in [0, 1), is done."""
         return []
 
     def rewards(self) -> list[Reward]:
@@ -238,15 +247,23 @@ class Guided(Steering):
         reward: a differentiable reward; None takes the run's.
         scale: strength, in units of 1/beta.
         start, stop: the fraction of the run's steps, in [0, 1], within which to guide.
+        tempering: "constant", or "linear": the scale grows with the steps, as estimates become worth following.
     """
 
-    def __init__(self, reward: Reward | None = None, scale: float = 1.0, start: float = 0.0, stop: float = 1.0) -> None:
+    def __init__(
+        self,
+        reward: Reward | None = None,
+        scale: float = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        tempering: Literal["constant", "linear"] = "constant",
+    ) -> None:
         if not 0 <= start < stop <= 1:
             raise ValueError(f"start and stop are fractions of the run, 0 <= start < stop <= 1; got {start}, {stop}")
-        self.reward, self.scale, self.start, self.stop = reward, scale, start, stop
+        self.reward, self.scale, self.start, self.stop, self.tempering = reward, scale, start, stop, tempering
 
-    def tilting(self) -> list[Reward]:
-        return [self._need_reward()]
+    def tilting(self, progress: float) -> list[Reward]:
+        return [self._need_reward()] if self.start <= progress < self.stop else []
 
     def check(self, ctx: Context) -> None:
         reward = self._need_reward()
@@ -261,9 +278,10 @@ class Guided(Steering):
             )
 
     def propose(self, ctx: Context, base: Transition) -> Transition:
-        if not base.stochastic or not self.start <= ctx.step / ctx.levels.steps < self.stop:
+        if not base.stochastic or not self.tilting(ctx.step / ctx.levels.steps):
             return base
-        return base.shift(ctx.gradient(self._need_reward()), self.scale)
+        gamma = (ctx.step + 1) / ctx.levels.steps if self.tempering == "linear" else 1.0
+        return base.shift(ctx.gradient(self._need_reward()), self.scale * gamma)
 
 
 class Compose(Steering):
@@ -291,8 +309,8 @@ class Compose(Steering):
         self.a.check(ctx)
         self.b.check(ctx)
 
-    def tilting(self) -> list[Reward]:
-        return _distinct(self.a.tilting() + self.b.tilting())
+    def tilting(self, progress: float) -> list[Reward]:
+        return _distinct(self.a.tilting(progress) + self.b.tilting(progress))
 
     def rewards(self) -> list[Reward]:
         return _distinct(self.a.rewards() + self.b.rewards())

@@ -35,6 +35,10 @@ class Transition(Protocol):
         """(B,) KL(self ‖ other) in closed form."""
         ...
 
+    def log_ratio(self, other: Transition, x: Tensor) -> Tensor:
+        """(B,) log self(x) − log other(x), with less round-off than the difference of two log-densities."""
+        ...
+
     def shift(self, grad: Tensor, scale: float) -> Transition:
         """The first-order tilt of this law by exp(scale·r), given grad = ∇r."""
         ...
@@ -43,6 +47,11 @@ class Transition(Protocol):
     def stochastic(self) -> bool:
         """Whether every row has a density (a deterministic step has none)."""
         ...
+
+
+def widest(x: Tensor) -> Tensor:
+    """float64, or float32 where the device has no float64 (Apple GPUs)."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,9 @@ class Gaussian:
             ValueError: std is 0 somewhere: a deterministic step has no density.
         """
         self._need_density("log_prob")
-        std = self.std.to(self.mean.dtype)  # so that one level and one level a row round alike: replayed ratios are exactly 1
+        std = self.std.to(
+            self.mean.dtype
+        )  # so that one level and one level a row round alike: replayed ratios are exactly 1
         log_scale = (torch.log(std.double()) + 0.5 * math.log(2 * math.pi)).to(std.dtype)
         log_density = -0.5 * ((at_least_float32(x) - self.mean) / std).square() - log_scale
         return log_density.flatten(1).sum(1)
@@ -86,9 +97,20 @@ class Gaussian:
         spread = 0.5 * (ratio.square() - 1) - torch.log(ratio)
         return (0.5 * ((self.mean - other.mean) / other.std).square() + spread).flatten(1).sum(1)
 
+    def log_ratio(self, other: Transition, x: Tensor) -> Tensor:
+        """See `Transition`: ((x − m')²/s'² − (x − m)²/s²)/2 + log(s'/s), element by element, summed in float64."""
+        if not isinstance(other, Gaussian):
+            raise TypeError(f"a ratio needs two laws of one kind; got Gaussian and {type(other).__name__}")
+        self._need_density("log_ratio")
+        other._need_density("log_ratio")
+        x = widest(x)
+        z, z_other = ((x - widest(law.mean)) / law.std for law in (self, other))
+        scale = torch.log(other.std / self.std)
+        return (0.5 * (z_other - z) * (z_other + z) + scale).flatten(1).sum(1)
+
     def shift(self, grad: Tensor, scale: float) -> Gaussian:
         """Moves the mean by scale·std²·grad; the variance stays."""
-        return Gaussian(self.mean + scale * self.std.square() * grad, self.std)
+        return Gaussian(self.mean + scale * self.std.square() * grad.to(self.mean.dtype), self.std)
 
     def _need_density(self, what: str) -> None:
         if not self.stochastic:
@@ -119,7 +141,7 @@ class Categorical:
 
     def gumbel(self, noise: Tensor) -> Tensor:
         """Logits perturbed by Gumbel noise made from standard normal `noise` (B, L, V): their argmax is a draw."""
-        half_tail = torch.special.log_ndtr(noise.double())  # log Φ(noise), the log of a uniform; exact in both tails
+        half_tail = torch.special.log_ndtr(widest(noise))  # log Φ(noise), the log of a uniform; exact in both tails
         return self.log_probs - torch.log(-half_tail).to(self.log_probs.dtype)
 
     def sample(self, noise: Tensor) -> Tensor:
@@ -136,6 +158,9 @@ class Categorical:
         dead = torch.isneginf(log_p)
         gap = log_p.masked_fill(dead, 0) - log_q.masked_fill(dead, 0)
         return (log_p.exp() * gap).flatten(1).sum(1)
+
+    def log_ratio(self, other: Transition, x: Tensor) -> Tensor:
+        return widest(self.log_prob(x)) - widest(other.log_prob(x))
 
     def shift(self, grad: Tensor, scale: float) -> Categorical:
         """Adds scale·grad to the logits (Taylor-approximated guidance); impossible outcomes stay impossible."""

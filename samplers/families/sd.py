@@ -29,6 +29,7 @@ from ..policy import Cond, Policy, Size
 __all__ = ["StableDiffusion"]
 
 logger = logging.getLogger("kilter")
+REMEMBERED = 1024  # prompts; 77 × 768 half-precision numbers each make 120 MB
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
@@ -49,7 +50,9 @@ class StableDiffusion(Policy):
         config = pipe.scheduler.config
         channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
         if channels != latent:
-            raise ValueError(f"the UNet takes {channels} channels, a latent has {latent}: inpainting models are not supported")
+            raise ValueError(
+                f"the UNet takes {channels} channels, a latent has {latent}: inpainting models are not supported"
+            )
         if config.prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type must be one of {sorted(PREDICTIONS)}; got {config.prediction_type!r}")
         if config.get("clip_sample") or config.get("thresholding"):
@@ -60,18 +63,27 @@ class StableDiffusion(Policy):
                 "a latent consistency model must predict epsilon with timestep_scaling 10; "
                 f"got {config.prediction_type!r} with {config.timestep_scaling}"
             )
-        self.network, self.vae, self.text_encoder, self.preview_vae = pipe.unet, pipe.vae, pipe.text_encoder, preview_vae
+        self.network, self.vae, self.text_encoder, self.preview_vae = (
+            pipe.unet,
+            pipe.vae,
+            pipe.text_encoder,
+            preview_vae,
+        )
         self.pipe, self.scheduler, self.decode_chunk = pipe, pipe.scheduler, decode_chunk
         self.prediction = "consistency" if self.lcm else PREDICTIONS[config.prediction_type]  # pyright: ignore
-        self.guidance, self.steps = (8.5, 4) if self.lcm else (7.5, 50)  # the pipelines' own defaults
+        self.distilled = self.lcm or _is_turbo(pipe.scheduler)
+        embeds = pipe.unet.config.time_cond_proj_dim is not None
+        self.guidance, self.steps = (8.5 if embeds else 1.0, 4) if self.distilled else (7.5, 50)
         side = pipe.unet.config.sample_size
-        self.size = tuple(n * pipe.vae_scale_factor for n in (side if isinstance(side, (list, tuple)) else (side, side)))
+        self.size = tuple(
+            n * pipe.vae_scale_factor for n in (side if isinstance(side, (list, tuple)) else (side, side))
+        )
         self._embeddings: dict[str, Tensor] = {}
         self.requires_grad_(False).eval()
 
     @property
     def kernel(self) -> Kernel:
-        return Consistency() if self.lcm else DDIM(eta=1.0)
+        return Consistency() if self.distilled else DDIM(eta=1.0)
 
     def encode(self, prompts: Sequence[str | Prompt]) -> Cond:
         prompts = as_prompts(prompts)
@@ -87,7 +99,10 @@ class StableDiffusion(Policy):
             with torch.no_grad():
                 rows, _ = self.pipe.encode_prompt(fresh, self.device, 1, False)
             self._embeddings.update(zip(fresh, rows, strict=True))
-        return torch.stack([self._embeddings[text] for text in texts])
+        embeddings = torch.stack([self._embeddings[text] for text in texts])
+        while len(self._embeddings) > REMEMBERED:
+            del self._embeddings[next(iter(self._embeddings))]
+        return embeddings
 
     def shape(self, size: Size) -> tuple[int, ...]:
         scale = self.pipe.vae_scale_factor
@@ -112,13 +127,13 @@ class StableDiffusion(Policy):
         return Levels(torch.cat([t.double(), torch.zeros(1)]), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     def predict(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
-        x, t = x.to(self.dtype), at.t.to(x.device).expand(len(x))
+        x, t = x.to(self.dtype), at.t.float().to(x.device).expand(len(x))
         scale = None
         if (width := self.network.config.time_cond_proj_dim) is not None:
             w = torch.full((len(x),), cond.guidance - 1.0)
             scale = self.pipe.get_guidance_scale_embedding(w, embedding_dim=width).to(x)
         embeddings = cond.positive["encoder_hidden_states"].to(x)
-        return self.network(x, t.float(), encoder_hidden_states=embeddings, timestep_cond=scale, return_dict=False)[0]
+        return self.network(x, t, encoder_hidden_states=embeddings, timestep_cond=scale, return_dict=False)[0]
 
     def decode(self, x0: Tensor, frames: slice | None = None) -> Tensor:
         return self._decode(self.vae, x0)
@@ -130,3 +145,8 @@ class StableDiffusion(Policy):
         x0 = x0.to(vae.dtype) / vae.config.scaling_factor
         images = torch.cat([vae.decode(part, return_dict=False)[0] for part in x0.split(self.decode_chunk)])
         return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
+
+
+def _is_turbo(scheduler) -> bool:
+    """Adversarially distilled students (SD-Turbo, 2311.17042) ship an Euler scheduler with trailing levels."""
+    return "Euler" in type(scheduler).__name__ and scheduler.config.get("timestep_spacing") == "trailing"

@@ -67,8 +67,8 @@ def test_both_is_negative_then_positive():
     assert torch.equal(both.positive["text"], torch.cat([-cond(3).positive["text"], cond(3).positive["text"]]))
 
 
-@pytest.mark.parametrize(("guidance", "guided"), [(1.0, False), (5.0, True), (0.0, True), (0.5, True)])
-def test_guidance_of_one_is_no_guidance(guidance, guided):
+@pytest.mark.parametrize(("guidance", "guided"), [(1.0, False), (5.0, True), (1.01, True), (0.0, False), (0.5, False)])
+def test_guidance_of_one_or_less_is_no_guidance(guidance, guided):
     assert cond().with_guidance(guidance).guided is guided
     assert not Cond({"text": torch.zeros(2, 1)}, None, guidance).guided
     assert cond().guidance == 3.0
@@ -105,7 +105,7 @@ def calls(policy) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("guidance", [0.0, 2.0, 7.5])
+@pytest.mark.parametrize("guidance", [1.5, 2.0, 7.5])
 @pytest.mark.parametrize("rows", [False, True])
 def test_guidance_formula_in_one_batched_call(policy, state, guidance, rows):
     x, at, c = state

@@ -231,7 +231,7 @@ def test_code_keeps_the_best_at_every_block():
     """CoDe at block 1 is SVDD's argmax from the second step on; copies share one ancestor at once."""
     code, svdd = run(CoDe(Linear(), block=1), 4, 8), run(SVDD(Linear(), beta=0.0, start=0.1), 4, 8)
     assert torch.equal(code.x0, svdd.x0)
-    assert code.selected_at == tuple(range(1, STEPS))
+    assert code.selected_at == tuple(range(1, STEPS - 1))  # the last step is deterministic: no event before it
     assert (code.ancestors == code.ancestors[..., :1]).all()
     assert run(CoDe(Linear(), block=4), 4, 8).selected_at == (4, 8)
 

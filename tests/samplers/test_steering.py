@@ -49,7 +49,7 @@ class Spy(Steering):
     def __init__(self, reward):
         self.reward, self.seen = reward, []
 
-    def tilting(self):
+    def tilting(self, progress):
         return [self.reward]
 
     def propose(self, ctx, base):
@@ -101,8 +101,47 @@ def test_guidance_costs_no_further_network_evaluation_and_leaves_no_graph():
 def test_a_reward_that_both_guides_and_weighs_is_computed_once_a_step():
     reward = Linear()
     ended = run(Compose(Guided(reward, 1.0), FeynmanKac(reward, 1.0)))
-    assert ended.ledger.counts["reward"] == 4 * (STEPS + 1)
-    assert ended.ledger.counts["decode"] == 4 * (STEPS + 1)
+    assert ended.ledger.counts["reward"] == 4 * STEPS  # every step but the last, which has no noise, and the end
+    assert ended.ledger.counts["decode"] == 4 * STEPS
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("same", [True, False])
+def test_gradients_follow_their_rows_through_a_selection(same, draws):
+    """Resampled rows are guided by their own gradient, also when it is computed after the selection."""
+    guide = Wave(1.3)
+    weigh = guide if same else Quadratic(3.0, 1.0)
+    policy, levels, _ = setting(8)
+
+    class Checked(Guided):
+        worst, selections = 0.0, 0
+
+        def propose(self, ctx, base):
+            leaf = ctx.x.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                value = guide(policy.denoise(leaf, levels[ctx.step], ctx.cond).x0).sum()
+            (true,) = torch.autograd.grad(value, leaf)
+            Checked.worst = max(Checked.worst, float((ctx.gradient(guide) - true).abs().max()))
+            Checked.selections += bool(ctx.ancestors and ctx.ancestors[-1][0] == ctx.step)
+            return super().propose(ctx, base)
+
+    run(Compose(Checked(guide, 0.5), FeynmanKac(weigh, 0.2, ess_threshold=1.0, draws=draws)), rows=8)
+    assert Checked.selections >= 3
+    assert Checked.worst < 1e-9
+
+
+def test_tempered_guidance_grows_with_the_steps():
+    """The first of T steps is guided at a T-th of the scale."""
+    plain = run(FREE, record="path").latents[:, 1]
+    constant = run(Guided(Linear(), 2.0), record="path").latents[:, 1]
+    linear = run(Guided(Linear(), 2.0, tempering="linear"), record="path").latents[:, 1]
+    assert torch.allclose((linear - plain) * STEPS, constant - plain)
+
+
+def test_no_gradient_is_computed_outside_the_window():
+    reward = Linear()
+    ended = run(Compose(Guided(reward, 1.0, stop=0.5), FeynmanKac(reward, 1.0)))
+    assert ended.ledger.counts["gradient"] == 4 * (STEPS // 2)
 
 
 def test_guidance_outside_its_window_is_plain_sampling():
@@ -167,7 +206,9 @@ def test_a_third_party_steering_needs_only_the_two_hooks():
 
     policy, levels, noise = setting()
     bank = NoiseBank([noise(i) for i in range(STEPS + 1)])
-    ended = rollout(policy, DDIM(1.0), policy.encode([""] * 4), levels, bank, particles=4, steering=Mirror(), record="path")
+    ended = rollout(
+        policy, DDIM(1.0), policy.encode([""] * 4), levels, bank, particles=4, steering=Mirror(), record="path"
+    )
     assert torch.equal(ended.latents[:, 0], noise(0).flip(0))
     assert ended.selected_at == (1,)
     assert torch.equal(ended.lineage, torch.tensor([[3, 2, 1, 0]]))

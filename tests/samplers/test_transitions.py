@@ -206,3 +206,21 @@ def test_densities_are_sums_in_float32(dtype):
     torch.testing.assert_close(law.log_prob(x).double(), exact, rtol=1e-5, atol=0)
     logits = normal(2, 9, 7, seed=2, dtype=dtype)
     assert Categorical(logits).log_prob(torch.zeros(2, 9, dtype=torch.long)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("other_std", [0.3, 0.5])
+def test_log_ratio_is_the_difference_of_log_densities_without_their_round_off(other_std):
+    """At 65 536 dimensions in float32, against the same numbers in float64."""
+    g = torch.Generator().manual_seed(0)
+    mean, x = torch.randn(2, 2, 65536, generator=g)
+    d = 0.01 * torch.randn(2, 65536, generator=g)
+    p, q = Gaussian(mean, torch.tensor(0.3)), Gaussian(mean + d, torch.tensor(other_std))
+    exact_p, exact_q = (Gaussian(law.mean.double(), law.std.double()) for law in (p, q))
+    exact = exact_p.log_prob(x.double()) - exact_q.log_prob(x.double())
+    torch.testing.assert_close(p.log_ratio(q, x), exact, rtol=1e-8, atol=1e-6)
+    tokens = Categorical(torch.randn(2, 5, 4, generator=g)), Categorical(torch.randn(2, 5, 4, generator=g))
+    picked = torch.randint(4, (2, 5), generator=g)
+    expected = tokens[0].log_prob(picked) - tokens[1].log_prob(picked)
+    torch.testing.assert_close(tokens[0].log_ratio(tokens[1], picked).float(), expected)
+    with pytest.raises(TypeError, match="two laws of one kind"):
+        p.log_ratio(tokens[0], x)
