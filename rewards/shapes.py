@@ -355,22 +355,11 @@ def count(things: list[Detection], noun: Noun) -> dict[str, float]:
 
 def match(things: list[Detection], scene: Scene) -> dict[str, float]:
     """Scores a prompt without a number, under the assignment of objects to nouns that satisfies most clauses."""
-    nouns, best = scene.nouns, None
+    nouns = scene.nouns
     empty: list[Detection | None] = [None] * len(nouns)  # a noun may find no object
-    for chosen in itertools.permutations([*things[:12], *empty], len(nouns)):
-        held = list(zip(nouns, chosen, strict=True))
-        objects = [thing is not None and thing.shape == noun.shape for noun, thing in held]
-        colors = [
-            ok and thing.color == noun.color for ok, (noun, thing) in zip(objects, held, strict=True) if noun.color
-        ]
-        places = [
-            ok and stands(thing, noun.place) for ok, (noun, thing) in zip(objects, held, strict=True) if noun.place
-        ]
-        if scene.relation:
-            places.append(all(objects) and relates(chosen[0], chosen[1], scene.relation))
-        key = (sum(objects) + sum(colors) + sum(places), objects, colors, places)
-        best = key if best is None or key[0] > best[0] else best
-    held, objects, colors, places = best
+    readings = [read(chosen, scene) for chosen in itertools.permutations([*things[:12], *empty], len(nouns))]
+    objects, colors, places = max(readings, key=lambda clauses: sum(map(sum, clauses)))
+    held = sum(objects) + sum(colors) + sum(places)
     complete = held == len(objects) + len(colors) + len(places) and len(things) <= len(nouns) + 1
     return {
         "total": float(complete),
@@ -379,6 +368,20 @@ def match(things: list[Detection], scene: Scene) -> dict[str, float]:
         "count": math.nan,
         "position": share(places),
     }
+
+
+def read(chosen: tuple[Detection | None, ...], scene: Scene) -> tuple[list[bool], list[bool], list[bool]]:
+    """Which object, colour and position clauses hold if these objects stand for the nouns."""
+    held = [
+        (noun, thing if thing and thing.shape == noun.shape else None)
+        for noun, thing in zip(scene.nouns, chosen, strict=True)
+    ]
+    colors = [thing is not None and thing.color == noun.color for noun, thing in held if noun.color]
+    places = [thing is not None and stands(thing, noun.place) for noun, thing in held if noun.place]
+    if scene.relation:
+        (_, first), (_, second) = held
+        places.append(first is not None and second is not None and relates(first, second, scene.relation))
+    return [thing is not None for _, thing in held], colors, places
 
 
 def share(clauses: list[bool]) -> float:

@@ -15,12 +15,16 @@ WORK = ASSETS / "build" / "work"
 SIZE = 32  # pixels a side
 
 
-def arguments(description: str, minutes: float, seed: int, batch: int, lr: float, stages: tuple = ()) -> argparse.Namespace:
+def arguments(
+    description: str, minutes: float, seed: int, batch: int, lr: float, stages: tuple = ()
+) -> argparse.Namespace:
     """The options every training script takes."""
     parser = argparse.ArgumentParser(description=description)
     if stages:
         parser.add_argument("stage", choices=stages)
-    parser.add_argument("--minutes", type=float, default=minutes, help="length of the learning-rate schedule in minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=minutes, help="length of the learning-rate schedule in minutes"
+    )
     parser.add_argument("--steps", type=int, default=None, help="length in steps; overrides --minutes")
     parser.add_argument("--seed", type=int, default=seed)
     parser.add_argument("--batch", type=int, default=batch)
@@ -60,7 +64,9 @@ class Run:
     `for step in run:` yields until the budget (seconds or steps, counted across restarts) is spent.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace, optimizer: torch.optim.Optimizer, state: dict, warmup: int = 200):
+    def __init__(
+        self, name: str, args: argparse.Namespace, optimizer: torch.optim.Optimizer, state: dict, warmup: int = 200
+    ):
         self.name, self.args, self.optimizer, self.state, self.warmup = name, args, optimizer, state, warmup
         self.generator = torch.Generator().manual_seed(args.seed)
         self.step, self.seconds, self.path = 0, 0.0, WORK / f"{name}.pt"
@@ -101,7 +107,9 @@ class Run:
 
     def log(self, **values) -> None:
         """Appends one line to the log, and prints it."""
-        line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1)} | {k: round(v, 5) for k, v in values.items()})
+        line = json.dumps(
+            {"step": self.step, "seconds": round(self.seconds, 1)} | {k: round(v, 5) for k, v in values.items()}
+        )
         with (WORK / f"{self.name}.jsonl").open("a") as file:
             file.write(line + "\n")
         print(line, flush=True)

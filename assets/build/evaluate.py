@@ -39,7 +39,9 @@ def table(pipe: StableDiffusionPipeline, settings: dict, seeds: int = 1) -> tupl
     for seed in range(seeds):
         for start in range(0, len(rows), 40):
             part = rows[start : start + 40]
-            images = sample(pipe, [r["prompt"] for r in part], [1000 * seed + start + i for i in range(len(part))], settings)
+            images = sample(
+                pipe, [r["prompt"] for r in part], [1000 * seed + start + i for i in range(len(part))], settings
+            )
             sheets.append(images[:16])
             for row, value in zip(part, gold(images, [r["prompt"] for r in part]).tolist(), strict=True):
                 scores[row["task"]].append(value)

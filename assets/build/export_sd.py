@@ -1,4 +1,4 @@
-"""Writes assets/tiny-sd, the `StableDiffusionPipeline` folder, from the averaged weights of work/unet.pt. Half precision on disk."""
+"""Writes assets/tiny-sd, a `StableDiffusionPipeline` folder, from the averaged weights of work/unet.pt; half precision on disk."""
 
 from __future__ import annotations
 

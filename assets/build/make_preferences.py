@@ -9,7 +9,6 @@ held-out ones with exact labels.
 from __future__ import annotations
 
 import io
-import json
 import random
 
 import pyarrow as pa
@@ -18,8 +17,9 @@ import torch
 from common import ASSETS, WORK, arguments, autocast, save
 from evaluate import heldout, load, sample
 from PIL import Image
-from rewards.shapes import Shapes
 from scenes import draw_scene, truths, word
+
+from rewards.shapes import Shapes
 
 NOISE = {"gold-noisy-0": 0.02, "gold-noisy-1": 0.05, "gold-noisy-2": 0.10, "gold-noisy-3": 0.15}
 EACH = 4  # images a prompt: six pairs
@@ -78,8 +78,18 @@ def pairs(split: str, texts: list[str], seed: int) -> list[dict]:
                 if label != 0.5 and rng.random() < NOISE.get(annotator, 0):
                     label = 1 - label
                 rows[label == 0.5].append(
-                    {"caption": text, "jpg_0": files[first], "jpg_1": files[second], "label_0": label, "label_1": 1 - label}
-                    | {"annotator": annotator, "seed_0": SEED[split] + EACH * p + first, "seed_1": SEED[split] + EACH * p + second}
+                    {
+                        "caption": text,
+                        "jpg_0": files[first],
+                        "jpg_1": files[second],
+                        "label_0": label,
+                        "label_1": 1 - label,
+                    }
+                    | {
+                        "annotator": annotator,
+                        "seed_0": SEED[split] + EACH * p + first,
+                        "seed_1": SEED[split] + EACH * p + second,
+                    }
                 )
     for group in rows.values():
         rng.shuffle(group)

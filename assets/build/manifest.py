@@ -11,10 +11,11 @@ import torch
 from common import ASSETS, WORK
 from evaluate import heldout, load, table
 from make_preferences import draw
-from rewards.crossencoder import CrossEncoder
-from rewards.shapes import Shapes, parse
 from scenes import build
 from transformers import CLIPModel, CLIPTokenizer
+
+from rewards.crossencoder import CrossEncoder
+from rewards.shapes import Shapes, parse
 
 RUNS = {  # log: script, seed
     "vae": ("train_vae.py", 11),
@@ -39,7 +40,14 @@ def training() -> dict:
     for name, (script, seed) in RUNS.items():
         lines = [json.loads(line) for line in (WORK / f"{name}.jsonl").read_text().splitlines()]
         step, seconds = lines[-1].pop("step"), lines[-1].pop("seconds")
-        records[name] = {"script": script, "seed": seed, "steps": step, "seconds": seconds, "first": lines[0], "last": lines[-1]}
+        records[name] = {
+            "script": script,
+            "seed": seed,
+            "steps": step,
+            "seconds": seconds,
+            "first": lines[0],
+            "last": lines[-1],
+        }
         records[name] |= {"note": NOTES[name]} if name in NOTES else {}
     return records
 
@@ -48,7 +56,10 @@ def files() -> dict:
     """Size and SHA-256 of everything shipped."""
     paths = sorted(path for folder in SHIPPED for path in (ASSETS / folder).rglob("*") if path.is_file())
     return {
-        str(path.relative_to(ASSETS)): {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        str(path.relative_to(ASSETS)): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
         for path in paths
     }
 
@@ -57,7 +68,9 @@ def files() -> dict:
 def clip_scores(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
     """tiny-clip's cosine of every image and its text."""
     model = CLIPModel.from_pretrained(ASSETS / "tiny-clip", torch_dtype=torch.float32)
-    ids = CLIPTokenizer.from_pretrained(ASSETS / "tiny-clip")(texts, padding="max_length", return_tensors="pt").input_ids
+    ids = CLIPTokenizer.from_pretrained(ASSETS / "tiny-clip")(
+        texts, padding="max_length", return_tensors="pt"
+    ).input_ids
     out = model(input_ids=ids, pixel_values=2 * images - 1)
     return (out.image_embeds * out.text_embeds).sum(-1)
 
@@ -69,7 +82,10 @@ def agreement() -> dict:
     each = images.shape[1]
     texts, images = [row["prompt"] for row in rows for _ in range(each)], images.flatten(0, 1)
     gold = Shapes()(images, texts).view(-1, each)
-    proxies = {"tiny-reward": CrossEncoder(ASSETS / "tiny-reward")(images, texts), "tiny-clip": clip_scores(images, texts)}
+    proxies = {
+        "tiny-reward": CrossEncoder(ASSETS / "tiny-reward")(images, texts),
+        "tiny-clip": clip_scores(images, texts),
+    }
     result = {}
     for name, scores in proxies.items():
         hits, scores = defaultdict(list), scores.view(-1, each)
@@ -81,7 +97,9 @@ def agreement() -> dict:
                         right = bool((scores[p, i] > scores[p, j]) == (gold[p, i] > gold[p, j]))
                         for group in groups:
                             hits[group].append(right)
-        result[name] = {group: {"agrees": round(sum(h) / len(h), 4), "pairs": len(h)} for group, h in sorted(hits.items())}
+        result[name] = {
+            group: {"agrees": round(sum(h) / len(h), 4), "pairs": len(h)} for group, h in sorted(hits.items())
+        }
     return result
 
 
@@ -119,7 +137,9 @@ def milliseconds(pipe) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     pipe, settings = load()
-    parameters = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae", "text_encoder")}
+    parameters = {
+        name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae", "text_encoder")
+    }
     shipped = files()
     gold, _ = table(pipe, settings)
     manifest = {

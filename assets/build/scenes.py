@@ -74,9 +74,13 @@ def hold_out(seed: int = 2024) -> list[dict[str, str]]:
     add("two_object", [describe(Scene((Noun(a), Noun(b))), p) for a, b in both for p in PREFIXES])
     counts = [Scene((Noun(s, c, n),)) for s in SHAPES for c in (None, *colors) for n in NUMBERS.values()]
     add("counting", [describe(s) for s in rng.sample(counts, 40)])
-    add("colors", rng.sample([describe(Scene((Noun(s, c),)), *one) for s in SHAPES for c in colors for one in ones], 40))
+    add(
+        "colors", rng.sample([describe(Scene((Noun(s, c),)), *one) for s in SHAPES for c in colors for one in ones], 40)
+    )
 
-    combos = [(c1, s1, c2, s2) for c1, c2 in itertools.combinations(colors, 2) for s1, s2 in itertools.permutations(SHAPES, 2)]
+    combos = [
+        (c1, s1, c2, s2) for c1, c2 in itertools.combinations(colors, 2) for s1, s2 in itertools.permutations(SHAPES, 2)
+    ]
     chosen = [tuple(map(Noun, (s1, s2), (c1, c2))) for c1, s1, c2, s2 in rng.sample(combos, 72)]
     chosen = [rng.sample(pair, 2) for pair in chosen]
     relative = [Scene(tuple(pair), rel) for pair, rel in zip(chosen[:20], itertools.cycle(RELATIONS))]
@@ -117,7 +121,10 @@ def word(scene: Scene, rng: random.Random) -> str:
 
 def apart(things: list[Thing]) -> bool:
     """Whether nothing touches: a star of radius r reaches 1.25 r."""
-    return all((a.x - b.x) ** 2 + (a.y - b.y) ** 2 > (1.2 * (a.r + b.r) + 0.03) ** 2 for a, b in itertools.combinations(things, 2))
+    return all(
+        (a.x - b.x) ** 2 + (a.y - b.y) ** 2 > (1.2 * (a.r + b.r) + 0.03) ** 2
+        for a, b in itertools.combinations(things, 2)
+    )
 
 
 def inside(rng: random.Random, r: float, low: float = 0.0, high: float = 1.0) -> float:
@@ -169,13 +176,24 @@ def truths(things: list[Thing]) -> list[Scene]:
     """Everything the grammar can say of a scene that training may hear, with repetitions as weights."""
     first = things[0]
     if len(things) == 1:
-        sides = {"on the left": -first.x, "on the right": first.x - 1, "at the top": -first.y, "at the bottom": first.y - 1}
+        sides = {
+            "on the left": -first.x,
+            "on the right": first.x - 1,
+            "at the top": -first.y,
+            "at the bottom": first.y - 1,
+        }
         near = [place for place, closeness in sides.items() if closeness > -0.38]
-        says = [Scene((Noun(first.shape, c, place=p),)) for c in (None, first.color, first.color) for p in (None, *near, *near)]
+        says = [
+            Scene((Noun(first.shape, c, place=p),))
+            for c in (None, first.color, first.color)
+            for p in (None, *near, *near)
+        ]
         return [s for s in says if allowed(s)]
     if first.shape == things[1].shape and (len(things) > 2 or first.color == things[1].color or first.x > 0.5):
         same = all(t.color == first.color for t in things)
-        says = [Scene((Noun(first.shape, c, len(things)),)) for c in ((None, first.color, first.color) if same else (None,))]
+        says = [
+            Scene((Noun(first.shape, c, len(things)),)) for c in ((None, first.color, first.color) if same else (None,))
+        ]
         return [s for s in says if allowed(s)]
     dx, dy = first.x - things[1].x, first.y - things[1].y
     here = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
@@ -237,7 +255,12 @@ def draw_scene(rng: random.Random) -> list[Thing]:
 def render(scenes: list[list[Thing]], generator: torch.Generator, size: int = SIZE, fine: int = 4) -> Tensor:
     """Draws scenes: (B,3,size,size) uint8, antialiased by `fine` x `fine` samples a pixel, light background, jittered colours."""
     n = len(scenes)
-    tint = 0.9 + 0.1 * torch.rand(n, 1, 1, 1, generator=generator) + 0.03 * torch.rand(n, 3, 1, 1, generator=generator) - 0.03
+    tint = (
+        0.9
+        + 0.1 * torch.rand(n, 1, 1, 1, generator=generator)
+        + 0.03 * torch.rand(n, 3, 1, 1, generator=generator)
+        - 0.03
+    )
     canvas = tint.clamp(0, 1).expand(n, 3, size, size).clone()
     axis = (torch.arange(size * fine) + 0.5) / (size * fine)
     for slot in range(4):

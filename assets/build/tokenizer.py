@@ -6,6 +6,7 @@ CLIP's format knows only byte-pair merges, so the merges are learned from the wo
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ def learn_merges(vocabulary: list[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent first, until every word is a single symbol."""
     spelled, merges = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary], []
     while any(len(word) > 1 for word in spelled):
-        pairs = Counter(pair for word in spelled for pair in zip(word, word[1:]))
+        pairs = Counter(pair for word in spelled for pair in itertools.pairwise(word))
         best = max(sorted(pairs), key=pairs.__getitem__)
         merges.append(best)
         for word in spelled:

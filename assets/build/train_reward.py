@@ -30,7 +30,7 @@ from rewards.shapes import PLACES, RELATIONS
 NETWORK = dict(size=SIZE, width=128, heads=4, image_layers=2, text_layers=3)
 RELATIVE = re.compile("left of|right of|above|below")
 PLACED = re.compile("|".join([*PLACES, *RELATIONS]))
-LAYOUT = {*" ".join([*PLACES, *RELATIONS]).split(), *"a an one single of photo picture image drawing and".split()}
+LAYOUT = set(" ".join([*PLACES, *RELATIONS, "a an one single of photo picture image drawing and"]).split())
 
 
 def content(caption: str) -> list[str]:
@@ -82,7 +82,7 @@ def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def preferences(split: str, tokenizer: CLIPTokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both images, caption ids and label_0 of the shipped preference rows."""
+    """Both images, caption ids and label_0 of the shipped preference rows, and of their mirror images."""
     rows = parquet.read_table(ASSETS / "preferences" / f"{split}.parquet").to_pydict()
 
     def decode(column: str) -> torch.Tensor:
@@ -90,8 +90,11 @@ def preferences(split: str, tokenizer: CLIPTokenizer) -> tuple[torch.Tensor, tor
         flat = torch.frombuffer(bytearray(b"".join(image.tobytes() for image in images)), dtype=torch.uint8)
         return flat.view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2)
 
-    labels = torch.tensor(rows["label_0"], dtype=torch.float32)
-    return decode("jpg_0"), decode("jpg_1"), tokenize(tokenizer, rows["caption"]), labels
+    swap = {"left": "right", "right": "left"}  # every shape is its own mirror image
+    mirrored = [" ".join(swap.get(word, word) for word in caption.split()) for caption in rows["caption"]]
+    first, second = (torch.cat([images, images.flip(-1)]) for images in map(decode, ("jpg_0", "jpg_1")))
+    labels = torch.tensor(rows["label_0"] * 2, dtype=torch.float32)
+    return first, second, tokenize(tokenizer, rows["caption"] + mirrored), labels
 
 
 @torch.no_grad()
@@ -100,13 +103,16 @@ def export(network: Network, tokenizer: CLIPTokenizer, images: torch.Tensor, cap
     network.half().float()  # measure what is written
     ends = captions == tokenizer.eos_token_id
     mask = ends.cumsum(1) - ends.long() == 0  # up to and with the first end token
-    scores = torch.cat([network(i.float() / 255, c, m) for i, c, m in zip(*(t.split(500) for t in (images, captions, mask)), strict=True)])
+    chunks = zip(*(t.split(500) for t in (images, captions, mask)), strict=True)
+    scores = torch.cat([network(i.float() / 255, c, m) for i, c, m in chunks])
     folder = ASSETS / "tiny-reward"
     tokenizer.save_pretrained(folder)
     config = {"network": dict(NETWORK, vocab=len(tokenizer), length=tokenizer.model_max_length)}
     config |= {"mean": scores.mean().item(), "std": scores.std().item()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: value.half().contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.half().contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors"
+    )
 
 
 def main() -> None:

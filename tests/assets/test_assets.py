@@ -33,7 +33,10 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def pairs():
-    return {split: parquet.read_table(ASSETS / "preferences" / f"{split}.parquet").to_pylist() for split in ("train", "heldout")}
+    return {
+        split: parquet.read_table(ASSETS / "preferences" / f"{split}.parquet").to_pylist()
+        for split in ("train", "heldout")
+    }
 
 
 def pixels(row, column):
