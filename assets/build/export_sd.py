@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from train_unet import SCHEDULER, UNET, text_encoder
 from transformers import CLIPTokenizer
 
-GENERATION = {"num_inference_steps": 20, "guidance_scale": 3.0}
+GENERATION = {"num_inference_steps": 20, "guidance_scale": 3.0, "world": "shapes"}
 
 
 def main() -> None:
