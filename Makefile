@@ -22,14 +22,14 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/overhead.py
 
 # Each stamp is newer than pyproject.toml exactly when the environment holds what it asks for.
-.venv/bin/python:
+.venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
-.venv/.run: pyproject.toml | .venv/bin/python
+.venv/.run: pyproject.toml | .venv/bin/pip
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
-.venv/.dev: pyproject.toml | .venv/bin/python
+.venv/.dev: pyproject.toml | .venv/bin/pip
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@ .venv/.run
 

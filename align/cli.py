@@ -8,6 +8,8 @@ Exit codes: 0 done; 1 the run failed midway and its partial results were saved; 
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import difflib
 import inspect
 import json
@@ -15,6 +17,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -25,6 +28,7 @@ from samplers import Kernel, Steering
 from samplers.families import FAMILIES
 
 from .loading import EMBEDDED
+from .results import Steered, prepare_folder
 
 __all__ = ["main", "read_prompts"]
 
@@ -82,12 +86,7 @@ def build_parser() -> Parser:
     steer.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …")
     steer.add_argument("--dtype", type=Optional[Literal["float32", "float16", "bfloat16"]], help="of the networks")
     steer.add_argument("--reward", type=Reward, default={"class_path": "CrossEncoder"}, help="what to steer by")
-    steer.add_argument(
-        "--steering",
-        type=Steering,
-        default={"class_path": "FeynmanKac", "init_args": {"beta": 0.2}},
-        help="how to steer",
-    )
+    steer.add_argument("--steering", type=Steering, default={"class_path": "FeynmanKac"}, help="how to steer")
     steer.add_argument("--kernel", type=Optional[Kernel], help="noise rule of a step; the model's own by default")
     steer.add_argument("--panel", type=Optional[list[Reward]], help="more rewards to score the results by")
     steer.add_argument("--particles", type=int, default=8, help="samples a prompt")
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     parser = build_parser()
     try:
-        parsed = parser.parse_args(argv)
+        parsed = parser.parse_args(_config_first(sys.argv[1:] if argv is None else argv))
         options = parsed[parsed.command]
         return {"steer": _steer, "score": _score, "list": _list}[parsed.command](parser, parsed, options)
     except (ValueError, TypeError, OSError) as error:
@@ -136,19 +135,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _steer(parser: Parser, parsed: Namespace, options: Namespace) -> int:
-    from . import load_policy, steer
-    from .results import prepare_folder
+def _config_first(argv: Sequence[str]) -> list[str]:
+    """Moves --config right behind the command: whatever else is said on the line, in any order, overrides the file."""
+    pick = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pick.add_argument("--config", action="append", default=[])
+    given, rest = pick.parse_known_args(argv)
+    return [*rest[:1], *(f"--config={file}" for file in given.config), *rest[1:]]
 
+
+def _steer(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     if options.particles < 1:
         raise ValueError(f"particles must be ≥ 1; got {options.particles}")
     prompts = read_prompts(options.get("prompts", []))
     out = prepare_folder(options.out, options.overwrite)
+    try:
+        result = _sampled(parser, parsed, options, prompts)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # only if nothing is in it
+        raise
+    result.config = {**_plain(options, {"out", "overwrite", "json", "config"}), "resolved": result.config}
+    result.save(out)
+    _summary(result, out)
+    if options.json:
+        print(json.dumps(result.as_dict()))
+    if result.stopped is None:
+        return 0
+    return INTERRUPTED if result.interrupted else FAILED
+
+
+def _sampled(parser: Parser, parsed: Namespace, options: Namespace, prompts: list[Prompt]) -> Steered:
+    from . import load_policy, steer
+
     built = parser.instantiate(parsed).steer
     policy = load_policy(
         options.model, lora=options.lora, device=options.device, dtype=options.dtype, preview_vae=options.preview_vae
     )
-    result = steer(
+    return steer(
         policy,
         prompts,
         built.steering.bind(built.reward),
@@ -158,22 +181,14 @@ def _steer(parser: Parser, parsed: Namespace, options: Namespace) -> int:
         guidance=options.guidance,
         seed=options.seed,
         size=options.size,
-        rewards=built.panel or (),
+        rewards=[built.reward, *(built.panel or ())],
         plain=options.plain,
         batch=options.batch,
         progress=True,
     )
-    result.config = {**_plain(options, {"out", "overwrite", "json", "config"}), "resolved": result.config}
-    result.save(out)
-    _summary(result, out)
-    if options.json:
-        print(json.dumps(result.as_dict()))
-    if result.stopped is None:
-        return 0
-    return INTERRUPTED if "interrupted" in result.stopped else FAILED
 
 
-def _summary(result: Any, out: Path) -> None:
+def _summary(result: Steered, out: Path) -> None:
     """What a user wants to know at a glance, on standard error: each score's mean, and its mean over the samples to take."""
     print(
         f"{'':>16} {'unsteered':>19} {'steered':>19}\n{'':>16} {'mean':>9} {'best':>9} {'mean':>9} {'best':>9}",
@@ -217,7 +232,8 @@ def _list(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     if options.kind in (None, "families"):
         print("families:")
         for pipeline, adapter in FAMILIES.items():
-            print(f"  {pipeline:<32} {adapter}")
+            module, name = adapter.split(":")
+            print(f"  {pipeline:<32} {(inspect.getdoc(getattr(import_module(module), name)) or '').splitlines()[0]}")
     return 0
 
 
@@ -230,25 +246,38 @@ def read_prompts(given: Sequence[str]) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for item in given:
-        if Path(item).suffix not in (".txt", ".jsonl"):
+        path = Path(item)
+        if path.suffix.lower() in (".txt", ".jsonl") and (path.is_file() or not any(c.isspace() for c in item)):
+            prompts += _prompt_file(path)
+        elif len(item) < 256 and path.is_file():
+            raise ValueError(f"prompt files are .txt (one a line) or .jsonl; got {item}")
+        else:
             prompts.append(Prompt(item))
-            continue
-        if not Path(item).is_file():
-            raise FileNotFoundError(f"no prompt file {item}")
-        lines = [(i, line) for i, line in enumerate(Path(item).read_text().splitlines(), 1) if line.strip()]
-        prompts += [_prompt_row(item, i, line) if item.endswith("l") else Prompt(line.strip()) for i, line in lines]
     if not prompts:
         raise ValueError("no prompts: pass at least one, or a .txt or .jsonl file that holds some")
     return prompts
 
 
-def _prompt_row(file: str, number: int, line: str) -> Prompt:
+def _prompt_file(path: Path) -> list[Prompt]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompt file {path}")
+    lines = [
+        (i, line.strip()) for i, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()
+    ]
+    return [_prompt_row(path, i, line) if path.suffix.lower() == ".jsonl" else Prompt(line) for i, line in lines]
+
+
+def _prompt_row(path: Path, number: int, line: str) -> Prompt:
     try:
         row = json.loads(line)
-        meta = {k: v for k, v in row.items() if k not in ("prompt", "negative")}
-        return Prompt(row["prompt"], row.get("negative", ""), meta)
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f'{file}:{number} must be a JSON object with a "prompt"; got {line[:80]!r}') from error
+        prompt = Prompt(
+            row["prompt"], row.get("negative") or "", {k: v for k, v in row.items() if k not in ("prompt", "negative")}
+        )
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        prompt = None
+    if prompt is None or not isinstance(prompt.text, str) or not isinstance(prompt.negative, str):
+        raise ValueError(f'{path}:{number} must be a JSON object with a "prompt"; got {line[:80]!r}')
+    return prompt
 
 
 def _plain(options: Namespace, without: set[str]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,7 @@ def load_policy(
             default is the embedded model. A `generation_config.json` in the folder sets the defaults of `steps`
             ("num_inference_steps") and `guidance` ("guidance_scale").
         lora: LoRA weights in the diffusers format: a folder, a file or a hub id.
-        device: where to run; a GPU if there is one.
+        device: where to run; a GPU (CUDA, then Apple's) if there is one.
         dtype: of the networks, as a torch dtype or its name; float32 on the CPU, float16 elsewhere.
         preview_vae: an `AutoencoderTiny` (folder or hub id) that decodes intermediate estimates.
 
@@ -46,16 +48,18 @@ def load_policy(
         FileNotFoundError: no such folder, or parts of it are missing.
         ValueError: a pipeline of a family kilter does not know.
     """
+    model, lora, preview_vae = _expanded(model), lora and _expanded(lora), preview_vae and _expanded(preview_vae)
     config = _pipeline_config(model)
     family = _family(config, model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or _best_device())
     dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" else torch.float16)
 
     import diffusers
 
     unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in config}
-    with _quiet(diffusers):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, **unused)
+    variant = "fp16" if Path(model).is_dir() and not list(Path(model).glob("unet/*model.safetensors")) else None
+    with _quiet(diffusers), _named(model):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, **unused)
         if lora is not None:
             pipe.load_lora_weights(lora)
         tiny = None
@@ -65,13 +69,17 @@ def load_policy(
     defaults = _generation_config(model)
     policy.steps = int(defaults.get("num_inference_steps", policy.steps))
     policy.guidance = float(defaults.get("guidance_scale", policy.guidance))
-    policy.source = str(model)
+    policy.source, policy.world = str(model), "shapes" if Path(model).resolve() == EMBEDDED else ""
     return policy
 
 
 def _pipeline_config(model: str | Path) -> Mapping[str, Any]:
     """`model_index.json` of a complete folder or a hub id."""
-    folder = Path(model).expanduser()
+    folder = Path(model)
+    if folder == EMBEDDED and not folder.is_dir():
+        raise FileNotFoundError(
+            f"no {folder}: the embedded model comes with a clone of the repository; pass another model"
+        )
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
@@ -112,8 +120,11 @@ def _missing_parts(folder: Path, config: Mapping[str, Any]) -> list[str]:
         part = folder / name
         files = [f.name for f in part.iterdir()] if part.is_dir() else []
         modelled = not any(word in entry[1] for word in ("Tokenizer", "Scheduler", "Processor"))
+        words = {"vocab.json", "tokenizer.json", "spiece.model", "vocab.txt"}
         if not files:
             missing.append(f"{name}/")
+        elif "Tokenizer" in entry[1] and not words & set(files):
+            missing.append(f"{name}/ vocabulary ({' or '.join(sorted(words))})")
         elif modelled and not any(f.endswith(WEIGHTS) for f in files):
             missing.append(f"{name}/ weights ({' or '.join(WEIGHTS)})")
         elif modelled and "config.json" not in files:
@@ -130,7 +141,7 @@ def _family(config: Mapping[str, Any], model: str | Path):
 
 
 def _generation_config(model: str | Path) -> dict[str, Any]:
-    path = Path(model).expanduser() / "generation_config.json"
+    path = Path(model) / "generation_config.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -141,6 +152,30 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in known:
         raise ValueError(f"dtype must be one of {', '.join(known)}; got {dtype!r}")
     return known[dtype]
+
+
+def _expanded(path: str | Path) -> str | Path:
+    return Path(path).expanduser() if str(path).startswith("~") else path
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def _named(model: str | Path) -> Iterator[None]:
+    """What the libraries raise over a broken file, as one error that says which model it was."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{model} could not be loaded, its files may be incomplete: {reason}") from error
 
 
 class _quiet:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -21,7 +22,7 @@ from torch import Tensor
 __all__ = ["Sample", "Steered", "describe", "prepare_folder", "to_pil", "versions"]
 
 PLAIN, STEERED = "plain", "steered"
-MOST_PROMPTS_IN_GRID = 16
+MOST_PROMPTS_IN_GRID, MOST_COLUMNS_IN_GRID = 16, 16
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Steered:
         ledger: network evaluations, decodes, reward calls, gradients and their seconds: of the run, and of each of its "arms".
         config: everything needed to repeat the run.
         failures: samples that a reward could not judge, by its name.
-        stopped: why the run ended early, or None.
+        stopped: why the run ended early, or None; `interrupted` if it was by Ctrl-C.
     """
 
     samples: list[Sample]
@@ -61,6 +62,7 @@ class Steered:
     config: dict[str, Any]
     failures: dict[str, int] = field(default_factory=dict)
     stopped: str | None = None
+    interrupted: bool = False
 
     def arm(self, name: str = STEERED) -> list[Sample]:
         """The samples of one arm: "steered" or "plain"."""
@@ -98,60 +100,74 @@ class Steered:
         return f"images/{i:05d}-{self.samples[i].arm}-{self.samples[i].seed}.png"
 
     def save(self, folder: str | Path) -> Path:
-        """Writes images, `grid.png` and, last of all and at once, `result.json`."""
+        """Writes images, then `result.json` at once, then `grid.png`; the results of an earlier run are replaced."""
         folder = Path(folder)
-        (folder / "images").mkdir(parents=True, exist_ok=True)
+        fresh = folder / "images.partial"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
         for i, sample in enumerate(self.samples):
             info = PngInfo()
             for key in ("prompt", "seed", "arm", "weight"):
                 info.add_text(key, str(getattr(sample, key)))
             info.add_text("scores", json.dumps(_finite(sample.scores)))
-            to_pil(sample.pixels).save(folder / self._file(i), pnginfo=info)
-        if self.samples:
-            self.grid().save(folder / "grid.png")
+            to_pil(sample.pixels).save(fresh / Path(self._file(i)).name, pnginfo=info)
         partial = folder / "result.json.partial"
         with partial.open("w") as file:
             json.dump(self.as_dict(), file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        (folder / "result.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "images", ignore_errors=True)
+        fresh.rename(folder / "images")
         partial.replace(folder / "result.json")
+        if self.samples:
+            self.grid().save(folder / "grid.png")
         return folder
 
     def grid(self, tile: int | None = None) -> Image.Image:
         """Unsteered on the left, steered on the right, same seeds in the same places, scores under each image."""
         prompts = dict(list({s.group: s.prompt for s in self.samples}.items())[:MOST_PROMPTS_IN_GRID])
-        arms = [a for a in (PLAIN, STEERED) if self.arm(a)]
-        columns = max(sum(s.group == g and s.arm == a for s in self.samples) for g in prompts for a in arms)
+        blocks = {
+            (g, a): [s for s in self.samples if (s.group, s.arm) == (g, a)] for g in prompts for a in (PLAIN, STEERED)
+        }
+        arms = [a for a in (PLAIN, STEERED) if any(blocks[g, a] for g in prompts)]
+        most = max(len(block) for block in blocks.values())
+        columns = min(most, MOST_COLUMNS_IN_GRID)
+        lines = -(-most // columns)
         native = self.samples[0].pixels.shape[-1]
         tile = tile or max(96, min(native, 256))
-        lines = len(self.samples[0].scores)
-        font, small = ImageFont.load_default(15), ImageFont.load_default(11)
+        row = round(tile * self.samples[0].pixels.shape[-2] / native) + 13 * len(self.samples[0].scores) + 10
         pad, gap, title = 6, 28, 26
-        cell = tile + pad
-        height, width = cell + 13 * lines + 6, columns * cell
-        canvas = Image.new(
-            "RGB", (gap + len(arms) * (width + gap), title + len(prompts) * (height + title) + pad), "white"
-        )
-        draw = ImageDraw.Draw(canvas)
+        width, height = columns * (tile + pad), lines * row + title
+        canvas = Image.new("RGB", (gap + len(arms) * (width + gap), title + len(prompts) * height + pad), "white")
+        draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(11)
         for a, arm in enumerate(arms):
             left = gap + a * (width + gap)
             draw.text((left, 5), "unsteered" if arm == PLAIN else "steered", "black", font)
             for p, (group, prompt) in enumerate(prompts.items()):
-                top = title + p * (height + title)
+                top = title + p * height
                 if a == 0:
                     draw.text((left, top + 4), prompt[:120], "#555555", small)
-                for c, sample in enumerate(s for s in self.samples if s.group == group and s.arm == arm):
-                    x, y = left + c * cell, top + 22
-                    image = to_pil(sample.pixels)
-                    resample = Image.Resampling.NEAREST if tile % native == 0 else Image.Resampling.LANCZOS
-                    canvas.paste(image.resize((tile, round(tile * image.height / image.width)), resample), (x, y))
-                    if sample.best and arm == STEERED:
-                        draw.rectangle((x - 2, y - 2, x + tile + 1, y + tile + 1), outline="#2a7d2a", width=2)
-                    for j, (name, value) in enumerate(sample.scores.items()):
-                        shown = "–" if value is None else f"{value:.2f}"
-                        ink = ("#1f7a1f" if value else "#b3261e") if name == "gold" else "#333333"
-                        draw.text((x, y + tile + 3 + 13 * j), f"{name[:10]} {shown}", ink, small)
+                for c, sample in enumerate(blocks[group, arm]):
+                    corner = (left + c % columns * (tile + pad), top + 22 + c // columns * row)
+                    _paste(canvas, draw, small, sample, corner, tile)
         return canvas
+
+
+def _paste(
+    canvas: Image.Image, draw: ImageDraw.ImageDraw, font: Any, sample: Sample, corner: tuple[int, int], tile: int
+) -> None:
+    """One sample with its scores; the one to take has a frame."""
+    (x, y), image = corner, to_pil(sample.pixels)
+    high = round(tile * image.height / image.width)
+    resample = Image.Resampling.NEAREST if tile % image.width == 0 else Image.Resampling.LANCZOS
+    canvas.paste(image.resize((tile, high), resample), corner)
+    if sample.best and sample.arm == STEERED:
+        draw.rectangle((x - 2, y - 2, x + tile + 1, y + high + 1), outline="#2a7d2a", width=2)
+    for j, (name, value) in enumerate(sample.scores.items()):
+        shown = "–" if value is None else f"{value:.2f}"
+        ink = ("#1f7a1f" if value else "#b3261e") if name == "gold" else "#333333"
+        draw.text((x, y + high + 3 + 13 * j), f"{name[:10]} {shown}", ink, font)
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
@@ -162,7 +178,8 @@ def to_pil(pixels: Tensor) -> Image.Image:
 def versions() -> dict[str, str]:
     """The versions a result depends on."""
     packages = ("kilter", "torch", "diffusers", "transformers", "open-clip-torch", "peft")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    found = {name: next((d.version for d in metadata.distributions(name=name)), "not installed") for name in packages}
+    return {"python": platform.python_version(), **found}
 
 
 def describe(component: Any) -> Any:
@@ -176,6 +193,8 @@ def describe(component: Any) -> Any:
     if isinstance(component, (Path, torch.dtype, torch.device)):
         return str(component)
     kind = type(component)
+    if (made_with := getattr(component, "arguments", None)) is not None:
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": describe(made_with)}
     names = [n for n in inspect.signature(kind.__init__).parameters if n != "self"]
     arguments = {n: describe(getattr(component, n)) for n in names if hasattr(component, n)}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def score(
     """Scores images or a batch of media.
 
     Args:
-        reward: what to score by.
+        reward: what to score by, on the device it is on.
         media: a tensor in the reward's layout, or a list of image files, PIL images or (3, H, W) tensors of any sizes.
         prompts: one a sample, or one for all.
         batch: samples at a time.
@@ -33,6 +34,8 @@ def score(
     Raises:
         ValueError: a file is not an image, or the prompts do not match; raised before anything is scored.
     """
+    if batch < 1:
+        raise ValueError(f"batch must be ≥ 1; got {batch}")
     images = list(media) if isinstance(media, Tensor) else [_tensor(m) for m in media]
     if not images:
         raise ValueError("no images to score")
@@ -44,9 +47,11 @@ def score(
         raise ValueError(f"{reward.name} needs prompts: pass one for each image, or one for all")
     total = torch.empty(len(images))
     parts: dict[str, Tensor] = {}
-    with torch.inference_mode():
+    device = next(chain(reward.parameters(), reward.buffers()), torch.empty(0)).device
+    with torch.no_grad():
         for rows in _batches(images, batch):
-            scores = reward.score(torch.stack([images[i] for i in rows]), [prompts[i] for i in rows] if prompts else [])
+            media = torch.stack([images[i] for i in rows]).to(device)
+            scores = reward.score(media, [prompts[i] for i in rows] if prompts else [])
             total[rows] = scores.total.cpu()
             for name, values in scores.parts.items():
                 parts.setdefault(name, torch.full((len(images),), torch.nan))[rows] = values.cpu()

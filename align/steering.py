@@ -60,8 +60,8 @@ def steer(
         seed: of the first sample; see `row_seed`.
         size: (height, width) in pixels; the policy's own by default.
         rewards: more rewards to score the results by.
-        gold: a reward that is not optimised, reported as "gold". "auto" takes the exact detector of the shapes world if it
-            understands every prompt.
+        gold: a reward that is not optimised, reported as "gold". "auto" takes the exact detector of the model's world, if it
+            has one that understands every prompt.
         plain: also sample without steering, for comparison.
         batch: samples in flight at a time; whole prompts, so at least `particles`.
         progress: show a progress bar on standard error.
@@ -79,7 +79,7 @@ def steer(
     pixels: Size = size or policy.size
     shape, levels = policy.shape(pixels), policy.levels(policy.steps if steps is None else steps, pixels)
     guidance = policy.guidance if guidance is None else guidance
-    gold = _gold(prompts) if gold == "auto" else gold
+    gold = _gold(policy, prompts) if gold == "auto" else gold
     panel = _panel([*steering.rewards(), *rewards], gold)
     run = _Run(policy, kernel, levels, shape, guidance, steering, particles, seed, panel)
     run.check(prompts[0])
@@ -103,8 +103,13 @@ def steer(
                 for arm, how in arms:
                     chunk = prompts[first : first + per_chunk]
                     run.add(result, chunk, first, arm, how, tick)
-        except (KeyboardInterrupt, Interrupted) as stop:
-            result.stopped = str(stop) or "interrupted"
+        except (KeyboardInterrupt, Exception) as stop:
+            if not result.samples and not isinstance(stop, (KeyboardInterrupt, Interrupted)):
+                raise
+            cause = stop.__cause__ if isinstance(stop, Interrupted) else stop
+            result.interrupted = isinstance(cause, KeyboardInterrupt)
+            what = "interrupted" if result.interrupted else f"{type(stop).__name__}: {stop}"
+            result.stopped = str(stop) if isinstance(stop, Interrupted) else what
             logger.warning("%s", result.stopped)
     spent = {arm: run.ledgers[arm] for arm, _ in arms}
     result.ledger = {
@@ -128,6 +133,9 @@ class _Run:
         noise = SeededNoise(self.seeds(1, 0), self.shape)
         ctx = Context(self.policy, self.kernel, cond, self.levels, noise, self.particles, [prompt], self.steering)
         self.steering.check(ctx)
+        for reward in self.panel.values():
+            if reward.modality != self.policy.modality:
+                raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {self.policy.modality}")
 
     def seeds(self, prompts: int, first: int) -> list[int]:
         return [row_seed(self.seed, first + p, k) for p in range(prompts) for k in range(self.particles)]
@@ -222,7 +230,9 @@ def _checked(prompts: Any, particles: int, batch: int) -> list[Prompt]:
     return prompts
 
 
-def _gold(prompts: list[Prompt]) -> Reward | None:
+def _gold(policy: Policy, prompts: list[Prompt]) -> Reward | None:
+    if policy.world != "shapes":
+        return None
     try:
         for prompt in prompts:
             parse(prompt.text)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from align.cli import main, read_prompts
+from samplers import SVDD
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--reward", "Brightness", "--particles", "2", "--steps", "3"]
@@ -71,6 +72,26 @@ def test_a_printed_config_repeats_the_run(capsys, steer, tiny_folder, tmp_path):
         assert image.read_bytes() == (tmp_path / "again" / "images" / image.name).read_bytes()
 
 
+def test_the_line_overrides_the_file_wherever_it_stands(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("prompts: [from file]\nseed: 5\nparticles: 3\n")
+    for argv in (
+        ["mine", "--seed", 7, "--config", tmp_path / "c.yaml"],
+        ["--config", tmp_path / "c.yaml", "mine", "--seed", 7],
+        ["mine", f"--config={tmp_path / 'c.yaml'}", "--seed", 7],
+    ):
+        out = kilter(capsys, "steer", *argv, "--print_config")[1]
+        assert "prompts:\n- mine\n" in out
+        assert "seed: 7\n" in out
+        assert "particles: 3\n" in out
+    assert "- from file" in kilter(capsys, "steer", "--config", tmp_path / "c.yaml", "--print_config")[1]
+
+
+def test_choosing_another_steering_inherits_nothing(capsys):
+    """SVDD gets its own default temperature, not that of the default FeynmanKac."""
+    out = kilter(capsys, "steer", "x", "--steering", "SVDD", "--print_config")[1]
+    assert f"beta: {SVDD().beta}\n" in out
+
+
 def test_prompts_from_files(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\n two dogs \n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "rain", "negative": "sun", "task": "colors"}\n')
@@ -80,6 +101,16 @@ def test_prompts_from_files(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:2 must be a JSON object with a \"prompt\""):
         read_prompts([str(tmp_path / "bad.jsonl")])
+    for row in ('{"prompt": 5}', '{"prompt": "x", "negative": 3}', "[1]", "{"):
+        (tmp_path / "bad.jsonl").write_text(row)
+        with pytest.raises(ValueError, match=r"bad.jsonl:1"):
+            read_prompts([str(tmp_path / "bad.jsonl")])
+    (tmp_path / "p.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="prompt files are"):
+        read_prompts([str(tmp_path / "p.csv")])
+    (tmp_path / "bom.txt").write_bytes("\ufeffein Käfer\n".encode())
+    assert [p.text for p in read_prompts([str(tmp_path / "bom.txt")])] == ["ein Käfer"]
+    assert [p.text for p in read_prompts(["what is in a readme.txt"])] == ["what is in a readme.txt"]
 
 
 def test_results_are_not_replaced_by_accident(steer, tmp_path):
@@ -89,7 +120,10 @@ def test_results_are_not_replaced_by_accident(steer, tmp_path):
     assert code == 2
     assert "--overwrite" in err
     assert (tmp_path / "run" / "result.json").read_bytes() == before
-    assert steer("a dog", "--overwrite")[0] == 0
+    assert steer("a dog", "--overwrite", "--seed", 900)[0] == 0
+    images = {p.name for p in (tmp_path / "run" / "images").iterdir()}
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert images == {Path(s["image"]).name for s in written["samples"]}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +146,8 @@ def test_results_are_not_replaced_by_accident(steer, tmp_path):
         (["absent.txt"], "no prompt file"),
         (["a", "--model", "/no/such/model"], "no folder"),
         (["a", "--steering", "Guided", "--reward", "JPEGSize"], "needs the gradient"),
+        (["a", "--reward", "Framewise", "--reward.reward", "Brightness"], "scores video, but the model makes image"),
+        (["a", "--steering", "CoDe", "--steering.block", "0"], "block must"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_leaves_nothing(steer, tmp_path, argv, said):
@@ -119,7 +155,7 @@ def test_bad_input_is_exit_code_2_and_leaves_nothing(steer, tmp_path, argv, said
     assert (code, out) == (2, "")
     assert said in err
     assert "Traceback" not in err
-    assert not (tmp_path / "run" / "images").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unwritable_folder_is_named(capsys, tiny_folder, tmp_path):

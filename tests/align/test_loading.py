@@ -71,11 +71,40 @@ def test_lora_weights_in_the_diffusers_format_speak_and_can_be_silenced(tiny_fol
         assert torch.equal(tuned.predict(x, at, cond), base.predict(x, at, cond))
 
 
+def test_half_precision_variants_and_home_folders_load(tiny_folder, tmp_path, monkeypatch):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_policy("~/half").dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "embeds", "defaults"),
+    [
+        (diffusers.EulerDiscreteScheduler(timestep_spacing="trailing"), False, (1.0, 4, "Consistency")),
+        (diffusers.LCMScheduler(), False, (1.0, 4, "Consistency")),
+        (diffusers.LCMScheduler(), True, (8.5, 4, "Consistency")),
+        (diffusers.EulerDiscreteScheduler(), False, (7.5, 50, "DDIM")),
+    ],
+    ids=["turbo", "merged LCM-LoRA", "LCM", "plain Euler"],
+)
+def test_distilled_students_get_their_own_defaults(tmp_path, scheduler, embeds, defaults):
+    build_pipeline(tmp_path, scheduler=scheduler, guidance_embedding=embeds).save_pretrained(tmp_path / "model")
+    policy = load_policy(tmp_path / "model")
+    assert (policy.guidance, policy.steps, type(policy.kernel).__name__) == defaults
+
+
 def broken(folder, how):
     if how == "missing part":
         shutil.rmtree(folder / "unet")
     elif how == "missing weights":
         next((folder / "vae").glob("*.safetensors")).unlink()
+    elif how == "missing vocabulary":
+        for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+            (folder / "tokenizer" / name).unlink(missing_ok=True)
+    elif how == "half the weights":
+        file = next((folder / "text_encoder").glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:1000])
     elif how == "missing index":
         (folder / "model_index.json").unlink()
     elif how == "half an index":
@@ -88,6 +117,8 @@ def broken(folder, how):
     [
         ("missing part", r"incomplete; missing: unet/"),
         ("missing weights", r"vae/ weights"),
+        ("missing vocabulary", r"tokenizer/ vocabulary"),
+        ("half the weights", r"could not be loaded, its files may be incomplete"),
         ("missing index", r"no model_index.json"),
         ("half an index", r"is not JSON"),
     ],

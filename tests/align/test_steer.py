@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import align
-from rewards import Brightness, Prompt, Reward, Scores
+from rewards import Brightness, JPEGSize, Prompt, Reward, Scores
 from samplers import DDIM, ODE, BestOfN, CoDe, Compose, FeynmanKac, Guided
 from samplers.families.gaussian import GaussianPolicy
 from tests.conftest import Linear
@@ -139,6 +139,45 @@ def test_a_reward_that_fails_for_all_keeps_the_plain_arm_and_estimates(policy, t
     assert len(result.arm("plain")) == len(result.arm("steered")) == 6
     written = json.loads((result.save(tmp_path / "run") / "result.json").read_text())
     assert written["stopped"] == result.stopped
+
+
+def test_a_failure_midway_keeps_what_is_finished(policy):
+    def fail(ctx):
+        if len({p.text for p in ctx.prompts} & {"rain"}):
+            raise torch.OutOfMemoryError("no memory left")
+
+    result = align.steer(policy, PROMPTS, BestOfN(Brightness()), particles=2, steps=3, batch=2, watch=fail)
+    assert result.stopped == "OutOfMemoryError: no memory left"
+    assert not result.interrupted
+    assert {s.prompt for s in result.samples} == {"a cat", "two dogs"}
+    with pytest.raises(torch.OutOfMemoryError):
+        align.steer(policy, ["rain"], BestOfN(Brightness()), particles=2, steps=3, watch=fail)
+
+
+def test_an_image_that_is_not_finite_is_one_dead_particle(policy, monkeypatch):
+    decode, calls = type(policy).decode, []
+
+    def broken(self, x0, frames=None):
+        media = decode(self, x0, frames)
+        calls.append(1)
+        if len(calls) == 2:
+            media[1] = torch.nan
+        return media
+
+    monkeypatch.setattr(type(policy), "decode", broken)
+    result = align.steer(policy, "a cat", BestOfN(Brightness()), particles=4, steps=3)
+    assert result.stopped is None
+    assert result.failures == {"Brightness": 1}
+    assert [s.weight for s in result.arm()][1] == 0
+
+
+def test_a_result_says_how_its_parts_were_made(policy):
+    how = FeynmanKac(JPEGSize("incompressible", quality=80), 0.5, every=2)
+    config = align.steer(policy, "a cat", how, particles=2, steps=2).config
+    reward = config["steering"]["init_args"]["reward"]
+    assert reward == {"class_path": "rewards.simple.JPEGSize", "init_args": {"aim": "incompressible", "quality": 80}}
+    assert config["steering"]["init_args"]["every"] == 2
+    assert config["kernel"]["class_path"] == "samplers.kernels.DDIM"
 
 
 def test_ctrl_c_keeps_what_there_was(policy):
