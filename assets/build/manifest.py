@@ -21,6 +21,7 @@ RUNS = {  # log: script, seed
     "vae": ("train_vae.py", 11),
     "unet": ("train_unet.py", 21),
     "reward_scenes_run": ("train_reward.py scenes", 31),
+    "reward_scenes_more": ("train_reward.py scenes", 31),
     "reward_preferences_run": ("train_reward.py preferences", 31),
     "clip": ("train_clip.py", 51),
 }
@@ -28,8 +29,10 @@ NOTES = {  # where the shipped run differs from running its script once
     "unet": "the schedule was lengthened from 29 to 32.5 minutes at step 2500",
     "reward_scenes_run": (
         "position codes of today's strength were added to the weights at step 2500; layouts are drawn five times as often "
-        "since step 3000; drawing by running error came with the preference stage"
+        "since step 3000; no drawing by running error yet; relations after 70 % of the time"
     ),
+    "reward_scenes_more": "from those weights after 500 steps of preferences: relations throughout, drawing by running error",
+    "reward_preferences_run": "from the weights of reward_scenes_more",
 }
 SHIPPED = ("tiny-sd", "tiny-clip", "tiny-reward", "preferences", "prompts")
 

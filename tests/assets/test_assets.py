@@ -122,7 +122,7 @@ def test_manifest_keeps_its_promises():
     gold = MANIFEST["tiny-sd"]["gold_heldout"]
     assert set(gold) == {*TASKS, "overall"}
     assert 0.4 <= gold["overall"] <= 0.9
-    assert MANIFEST["agreement_with_gold"]["tiny-reward"]["overall"]["agrees"] >= 0.75
+    assert MANIFEST["agreement_with_gold"]["tiny-reward"]["overall"]["agrees"] >= 0.85
 
 
 def test_tiny_clip_loads_and_reads():
@@ -152,4 +152,4 @@ def test_tiny_reward_orders_held_out_pairs_as_gold(pairs):
     reward, texts = CrossEncoder(ASSETS / "tiny-reward"), [row["caption"] for row in rows]
     first, second = (reward(torch.stack([pixels(row, column) for row in rows]), texts) for column in ("jpg_0", "jpg_1"))
     right = (first > second) == (torch.tensor([row["label_0"] for row in rows]) > 0.5)
-    assert right.float().mean() >= 0.7
+    assert right.float().mean() >= 0.85
