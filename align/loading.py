@@ -38,7 +38,7 @@ def load_policy(
     Args:
         model: a folder in the diffusers layout, or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The
             default is the embedded model. A `generation_config.json` in the folder sets the defaults of `steps`
-            ("num_inference_steps") and `guidance` ("guidance_scale").
+            ("num_inference_steps") and `guidance` ("guidance_scale"), and may name the "world" whose detector is gold.
         lora: LoRA weights in the diffusers format: a folder, a file or a hub id.
         device: where to run; a GPU (CUDA, then Apple's) if there is one.
         dtype: of the networks, as a torch dtype or its name; float32 on the CPU, float16 elsewhere.
@@ -69,7 +69,7 @@ def load_policy(
     defaults = _generation_config(model)
     policy.steps = int(defaults.get("num_inference_steps", policy.steps))
     policy.guidance = float(defaults.get("guidance_scale", policy.guidance))
-    policy.source, policy.world = str(model), "shapes" if Path(model).resolve() == EMBEDDED else ""
+    policy.source, policy.world = str(model), str(defaults.get("world", ""))
     return policy
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import align
-from rewards import CrossEncoder
+from rewards import CLIPScore, CrossEncoder
 from samplers import SVDD, BestOfN, Compose, FeynmanKac, Guided
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,16 +42,22 @@ def arms(reward, beta: float, particles: int) -> dict:
     }
 
 
-def spread(population: torch.Tensor) -> float:
+def pixel_spread(population: torch.Tensor) -> float:
     """Root mean square pixel distance between the particles of a population (K, 3, H, W)."""
-    if len(population) < 2:
-        return float("nan")
     flat = population.flatten(1)
     return float(torch.pdist(flat).square().mean().sqrt() / flat.shape[1] ** 0.5)
 
 
-def measure(policy, reward, prompts, steering, particles, seed) -> dict[str, np.ndarray]:
-    """One arm: per-prompt proxy and gold of the taken sample, unique ancestors, pixel spread; and its cost."""
+@torch.no_grad()
+def feature_spread(population: torch.Tensor, clip: CLIPScore) -> float:
+    """Mean cosine distance between the particles' CLIP embeddings."""
+    features = torch.nn.functional.normalize(clip.encode_image(clip.preprocess(population)).float(), dim=-1)
+    above = torch.triu_indices(len(features), len(features), 1)
+    return float((1 - features @ features.T)[above[0], above[1]].mean())
+
+
+def measure(policy, reward, clip, prompts, steering, particles, seed) -> dict[str, np.ndarray]:
+    """One arm: per-prompt proxy and gold of the taken sample, unique ancestors, spreads; and its cost."""
     begin = time.perf_counter()
     result = align.steer(
         policy, prompts, steering, particles=particles, plain=False, seed=seed, rewards=[reward], progress=True
@@ -66,7 +72,8 @@ def measure(policy, reward, prompts, steering, particles, seed) -> dict[str, np.
         "proxy_all": np.array([np.mean([s.scores[reward.name] for s in p]) for p in populations]),
         "gold_all": np.array([np.mean([s.scores["gold"] for s in p]) for p in populations]),
         "ancestors": np.array([g["unique_ancestors"] for g in result.groups]),
-        "spread": np.array([spread(torch.stack([s.pixels for s in p])) for p in populations]),
+        "pixel_spread": np.array([pixel_spread(torch.stack([s.pixels for s in p])) for p in populations]),
+        "feature_spread": np.array([feature_spread(torch.stack([s.pixels for s in p]), clip) for p in populations]),
         "nfe": spent["network_evaluations"] + 4 * spent["gradients"],  # both branches of guidance are differentiated
         "seconds": seconds,
     }
@@ -78,25 +85,26 @@ def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 
+COLUMNS = (
+    "arm|NFE a prompt|proxy|gold|gold − best-of-N (95 %)|gold of all|ancestors|pixel spread|feature spread|seconds"
+)
+
+
 def table(measured: dict[str, dict], baseline: str) -> str:
     """Markdown, with paired differences to the baseline arm."""
     rng = np.random.default_rng(0)
-    rows = [
-        "| arm | NFE a prompt | proxy | gold | gold − best-of-N (95 %) | gold of all | ancestors | pixel spread | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = [COLUMNS.split("|"), ["---"] * 10]
     for name, m in measured.items():
-        low, high = interval(m["gold"] - measured[baseline]["gold"], rng)
-        gap = (
-            "–"
-            if name == baseline
-            else f"{(m['gold'] - measured[baseline]['gold']).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-        )
-        rows.append(
-            f"| {name} | {m['nfe'] / len(m['gold']):.0f} | {m['proxy'].mean():.3f} | {m['gold'].mean():.3f} | {gap} "
-            f"| {m['gold_all'].mean():.3f} | {m['ancestors'].mean():.1f} | {np.nanmean(m['spread']):.3f} | {m['seconds']:.0f} |"
-        )
-    return "\n".join(rows)
+        gap = m["gold"] - measured[baseline]["gold"]
+        low, high = interval(gap, rng)
+        row = [name, f"{m['nfe'] / len(gap):.0f}", f"{m['proxy'].mean():.3f}", f"{m['gold'].mean():.3f}"]
+        row += [
+            "–" if name == baseline else f"{gap.mean():+.3f} [{low:+.3f}, {high:+.3f}]",
+            f"{m['gold_all'].mean():.3f}",
+        ]
+        row += [f"{m['ancestors'].mean():.1f}", f"{m['pixel_spread'].mean():.3f}", f"{m['feature_spread'].mean():.3f}"]
+        rows.append([*row, f"{m['seconds']:.0f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def plot(measured: dict[str, dict], path: Path) -> None:
@@ -128,12 +136,12 @@ def main() -> None:
     options = parser.parse_args()
     rows = [json.loads(line) for line in (ROOT / f"assets/prompts/{options.split}.jsonl").read_text().splitlines()]
     prompts = [row["prompt"] for row in rows[:: max(1, len(rows) // options.prompts)]][: options.prompts]
-    policy, reward = align.load_policy(), CrossEncoder()
+    policy, reward, clip = align.load_policy(), CrossEncoder(), CLIPScore(str(ROOT / "assets/tiny-clip"))
     measured: dict[str, dict] = {}
     for name, (steering, particles) in arms(reward, options.beta, options.particles).items():
         if options.only and name not in options.only:
             continue
-        measured[name] = measure(policy, reward, prompts, steering, particles, options.seed)
+        measured[name] = measure(policy, reward, clip, prompts, steering, particles, options.seed)
         if name == "best-of-N":  # the same samples before the choice
             m = measured[name]
             measured = {"plain": {**m, "proxy": m["proxy_all"], "gold": m["gold_all"]}, **measured}

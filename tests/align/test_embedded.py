@@ -1,0 +1,43 @@
+"""Steering the model that ships with the repository, judged by its gold reward."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import align
+from rewards import CrossEncoder
+from samplers import BestOfN, FeynmanKac
+
+HELDOUT = Path(__file__).resolve().parents[2] / "assets" / "prompts" / "heldout.jsonl"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return align.load_policy()
+
+
+def test_gold_is_reported_where_the_world_can_judge(policy):
+    how = BestOfN(CrossEncoder())
+    known = align.steer(policy, "a red circle left of a blue square", how, particles=2, steps=6)
+    assert all(s.scores["gold"] in (0.0, 1.0) for s in known.samples)
+    unknown = align.steer(policy, "a cat", how, particles=2, steps=2)
+    assert all(set(s.scores) == {"CrossEncoder"} for s in unknown.samples)
+    without = align.steer(policy, "a red circle", how, particles=1, steps=2, gold=None)
+    assert all("gold" not in s.scores for s in without.samples)
+
+
+@pytest.mark.slow
+def test_steering_raises_the_gold_reward_of_held_out_prompts(policy):
+    """The reward is optimised, gold is not: the steered choice beats the unsteered mean by more than 3 standard errors."""
+    rows = [json.loads(line) for line in HELDOUT.read_text().splitlines()]
+    prompts = [r["prompt"] for r in rows if r["task"] in ("position", "two_object", "counting")][::4]
+    result = align.steer(policy, prompts, FeynmanKac(CrossEncoder(), 0.2), particles=8)
+    gains = []
+    for group in range(len(prompts)):
+        plain = [s.scores["gold"] for s in result.arm("plain") if s.group == group]
+        gains.append(next(s.scores["gold"] for s in result.best if s.group == group) - sum(plain) / len(plain))
+    gains = torch.tensor(gains)
+    assert gains.mean() > 3 * gains.std() / len(gains) ** 0.5
+    assert result.mean("CrossEncoder") > result.mean("CrossEncoder", "plain")
