@@ -23,7 +23,7 @@ K·W, or its cumulated sum, within `SNAP` of an integer is taken to be that inte
 which is 0 at K = 49 in float64 and at K = 41 in float32. The bias this allows is at most `SNAP` copies.
 
 Sources: Chopin & Papaspiliopoulos, An Introduction to Sequential Monte Carlo (2020), ch. 9; for ssp Gerber, Chopin &
-Whiteley (2019, arXiv:1707.01845); for the conditional ESS Zhou, Johansen & Aston (2016, arXiv:1303.3123); for single Li
+Whiteley (2019, arXiv:1707.01845); for single Li
 et al. (2024, arXiv:2408.08252). Multinomial points are left unsorted: only the counts matter here.
 """
 
@@ -36,7 +36,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["UNBIASED", "Degenerate", "Scheme", "conditional_ess", "ess", "log_mean_exp", "normalise", "offspring"]
+__all__ = ["UNBIASED", "Degenerate", "Scheme", "ess", "log_mean_exp", "normalise", "offspring"]
 __all__ += ["place", "resample", "temper"]
 
 Scheme = Literal["multinomial", "stratified", "systematic", "residual", "ssp", "killing", "single", "argmax", "none"]
@@ -72,17 +72,6 @@ def ess(log_w: Tensor) -> Tensor:
     """Effective sample size (Σw)² / Σw² of accumulated weights: (P,) float64 in [1, K]; exactly K for equal weights."""
     w = _relative(_checked(log_w))
     return w.sum(dim=1).square() / w.square().sum(dim=1)
-
-
-def conditional_ess(log_w: Tensor, increment: Tensor) -> Tensor:
-    """Effective sample size of one weighting event alone: K (Σ W g)² / Σ W g², g = exp(increment); (P,) float64.
-
-    It is K where the increment (P, K) is constant, however uneven the weights `log_w` (P, K) before it.
-    """
-    before, g = _checked(log_w), _checked(increment)
-    _relative(before + g)  # raises where the event kills a whole group
-    first, second = ((before + n * g).logsumexp(dim=1) for n in (1, 2))
-    return log_w.shape[1] * (2 * first - second - before.logsumexp(dim=1)).exp()
 
 
 def temper(

@@ -15,7 +15,6 @@ from samplers.resampling import (
     UNBIASED,
     Degenerate,
     Scheme,
-    conditional_ess,
     ess,
     log_mean_exp,
     normalise,
@@ -324,26 +323,6 @@ def test_weights_are_accumulated_in_float64():
     expected = math.log((1 + math.exp(1e-6)) / 3) + 1e4
     assert log_mean_exp(log_w).item() == pytest.approx(expected, abs=1e-11)
     assert {f(log_w.float()).dtype for f in (normalise, ess, log_mean_exp)} == {torch.float64}
-
-
-@given(populations(), st.floats(-1e3, 1e3))
-@settings(deadline=None)
-def test_conditional_ess(log_w, constant):
-    size = log_w.shape[1]
-    increment = torch.linspace(-1, 2, size, dtype=torch.float64).expand_as(log_w)
-    weights, g = normalise(log_w), increment.exp()
-    expected = size * (weights * g).sum(1).square() / (weights * g * g).sum(1)
-    torch.testing.assert_close(conditional_ess(log_w, increment), expected, rtol=1e-10, atol=0)
-    everywhere = conditional_ess(log_w, torch.full_like(log_w, constant))
-    torch.testing.assert_close(everywhere, torch.full((3,), size).double(), rtol=1e-10, atol=0)
-    flat = torch.zeros_like(log_w)
-    torch.testing.assert_close(conditional_ess(flat, increment), ess(increment), rtol=1e-10, atol=0)
-
-
-def test_an_event_that_kills_a_group_raises():
-    log_w = torch.tensor([[0.0, -INF]])
-    with pytest.raises(Degenerate):
-        conditional_ess(log_w, torch.tensor([[-INF, 0.0]]))
 
 
 @given(populations(), st.floats(0, 1), st.floats(0.05, 0.999), st.floats(0.01, 300))
