@@ -4,7 +4,7 @@ Every arm steers the embedded model by the embedded reward on held-out prompts f
 network evaluations (its backward pass), so guided arms get a third of the particles. From each population the particle with the
 highest proxy is taken, as a user would; "plain" is the average unsteered sample. Intervals are 95 % paired bootstraps over prompts.
 
-    python benchmarks/steer_shapes.py [--prompts 60] [--particles 9] [--beta 0.2]
+    python benchmarks/steer_shapes.py [--prompts 120] [--particles 9] [--beta 0.1]
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 def arms(reward, beta: float, particles: int) -> dict:
     """Name → (steering, particles)."""
     third = max(1, particles // 3)
+    guided = Guided(reward, 1 / beta, tempering="linear")
     return {
         "best-of-N": (BestOfN(reward), particles),
         "FK difference": (FeynmanKac(reward, beta), particles),
         "FK max": (FeynmanKac(reward, beta, "max", every=4, start=0.2, stop=0.8), particles),
         "SVDD": (SVDD(reward, beta), particles),
-        "guided": (Guided(reward, 1 / beta), third),
-        "guided + FK": (Compose(Guided(reward, 1 / beta), FeynmanKac(reward, beta)), third),
+        "guided": (guided, third),
+        "guided + FK": (Compose(guided, FeynmanKac(reward, beta, tempering="linear")), third),
     }
 
 
@@ -127,9 +128,9 @@ def plot(measured: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--particles", type=int, default=9)
-    parser.add_argument("--beta", type=float, default=0.2)
+    parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="heldout", choices=["heldout", "train"], help="train is for choosing beta")
     parser.add_argument("--only", nargs="*", help="names of arms, for a quick look; writes nothing")

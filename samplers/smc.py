@@ -46,7 +46,8 @@ class FeynmanKac(Steering):
     Args:
         reward: what to steer by; None takes the run's.
         beta: temperature of the tilt exp(r/beta), in units of the reward, ≥ 0. Small is greedy; 0 keeps only the best of a
-            group at each event (no longer a sampler: log Z is then NaN); infinity leaves the model as it is.
+            group at each event (no longer a sampler: log Z is then NaN); infinity leaves the model as it is. The default is the
+            paper's λ = 10, for a reward of about unit variance.
         potential: how intermediate rewards become weights; all reach the same target.
         resampler: see `samplers.resampling`; "argmax" is greedy and leaves log Z without meaning.
         ess_threshold: resample a group when its effective sample size is at most this share of K; 1 resamples at every event,
@@ -66,7 +67,7 @@ class FeynmanKac(Steering):
     def __init__(
         self,
         reward: Reward | None = None,
-        beta: float = 1.0,
+        beta: float = 0.1,
         potential: Potential = "difference",
         resampler: Scheme = "systematic",
         ess_threshold: float = 0.5,
@@ -268,7 +269,7 @@ class SVDD(FeynmanKac):
     def __init__(
         self,
         reward: Reward | None = None,
-        beta: float = 1.0,
+        beta: float = 0.1,
         children: int | None = None,
         every: int = 1,
         start: float = 0.0,

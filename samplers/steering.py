@@ -245,7 +245,7 @@ class Guided(Steering):
 
     Args:
         reward: a differentiable reward; None takes the run's.
-        scale: strength, in units of 1/beta.
+        scale: strength, in units of 1/beta; the default matches FeynmanKac's.
         start, stop: the fraction of the run's steps, in [0, 1], within which to guide.
         tempering: "constant", or "linear": the scale grows with the steps, as estimates become worth following.
     """
@@ -253,7 +253,7 @@ class Guided(Steering):
     def __init__(
         self,
         reward: Reward | None = None,
-        scale: float = 1.0,
+        scale: float = 10.0,
         start: float = 0.0,
         stop: float = 1.0,
         tempering: Literal["constant", "linear"] = "constant",
