@@ -37,9 +37,6 @@ class Thing:
     r: float
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
-
-
 def describe(scene: Scene, prefix: str = "", one: str = "a") -> str:
     """Words a scene; `one` is the determiner of a lone singular."""
 
@@ -114,9 +111,6 @@ def word(scene: Scene, rng: random.Random) -> str:
         text = describe(scene, prefix, "a" if plain else rng.choice(("one", "a single")))
         if text not in HELD_TEXTS:
             return text
-
-
-# --------------------------------------------------------------------------------------------------------------- layout
 
 
 def apart(things: list[Thing]) -> bool:
@@ -247,9 +241,6 @@ def draw_scene(rng: random.Random) -> list[Thing]:
             things = lay_pair(((shape, color), other), rng)
         if truths(things):
             return things
-
-
-# -------------------------------------------------------------------------------------------------------------- picture
 
 
 def render(scenes: list[list[Thing]], generator: torch.Generator, size: int = SIZE, fine: int = 4) -> Tensor:
