@@ -68,8 +68,8 @@ def steer(
         watch: called with the `samplers.Context` after every step.
 
     Returns:
-        Samples, weights, evidence and the ledger. If a run is interrupted (Ctrl-C) or a reward fails for all samples of a
-        prompt, what there was is returned and `stopped` says why.
+        Samples, weights, evidence and the ledger. If a run is interrupted (Ctrl-C), a reward fails for all samples of a
+        prompt, or anything else goes wrong once samples exist, what there was is returned and `stopped` says why.
 
     Raises:
         ValueError: arguments that cannot work, before any network runs.
