@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, Namespace
 
@@ -28,7 +28,7 @@ from samplers import Kernel, Steering
 from samplers.families import FAMILIES
 
 from .loading import EMBEDDED
-from .results import Steered, prepare_folder
+from .results import Steered, describe, prepare_folder
 
 __all__ = ["main", "read_prompts"]
 
@@ -154,7 +154,8 @@ def _steer(parser: Parser, parsed: Namespace, options: Namespace) -> int:
         with contextlib.suppress(OSError):
             out.rmdir()  # only if nothing is in it
         raise
-    result.config = {**_plain(options, {"out", "overwrite", "json", "config"}), "resolved": result.config}
+    asked = {k: v for k, v in options.as_dict().items() if k not in ("out", "overwrite", "json", "config")}
+    result.config = {**describe(asked), "resolved": result.config}
     result.save(out)
     _summary(result, out)
     if options.json:
@@ -278,10 +279,6 @@ def _prompt_row(path: Path, number: int, line: str) -> Prompt:
     if prompt is None or not isinstance(prompt.text, str) or not isinstance(prompt.negative, str):
         raise ValueError(f'{path}:{number} must be a JSON object with a "prompt"; got {line[:80]!r}')
     return prompt
-
-
-def _plain(options: Namespace, without: set[str]) -> dict[str, Any]:
-    return {key: value for key, value in options.as_dict().items() if key not in without}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import align
+from align.cli import main
 from rewards import CrossEncoder
 from samplers import BestOfN, FeynmanKac
 
@@ -26,6 +27,27 @@ def test_gold_is_reported_where_the_world_can_judge(policy):
     assert all(set(s.scores) == {"CrossEncoder"} for s in unknown.samples)
     without = align.steer(policy, "a red circle", how, particles=1, steps=2, gold=None)
     assert all("gold" not in s.scores for s in without.samples)
+
+
+def test_the_command_without_options_steers_the_embedded_model(tmp_path, capsys):
+    code = main(
+        [
+            "steer",
+            "a red circle left of a blue square",
+            "--steps",
+            "4",
+            "--particles",
+            "2",
+            "--out",
+            str(tmp_path / "run"),
+            "--json",
+        ]
+    )
+    printed = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert printed == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert printed["config"]["reward"]["class_path"].endswith("CrossEncoder")
+    assert all(set(s["scores"]) == {"CrossEncoder", "gold"} for s in printed["samples"])
 
 
 @pytest.mark.slow
