@@ -63,21 +63,15 @@ class StableDiffusion(Policy):
                 "a latent consistency model must predict epsilon with timestep_scaling 10; "
                 f"got {config.prediction_type!r} with {config.timestep_scaling}"
             )
-        self.network, self.vae, self.text_encoder, self.preview_vae = (
-            pipe.unet,
-            pipe.vae,
-            pipe.text_encoder,
-            preview_vae,
-        )
-        self.pipe, self.scheduler, self.decode_chunk = pipe, pipe.scheduler, decode_chunk
+        self.network, self.vae, self.text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
+        self.pipe, self.scheduler, self.preview_vae, self.decode_chunk = pipe, pipe.scheduler, preview_vae, decode_chunk
         self.prediction = "consistency" if self.lcm else PREDICTIONS[config.prediction_type]  # pyright: ignore
         self.distilled = self.lcm or _is_turbo(pipe.scheduler)
         embeds = pipe.unet.config.time_cond_proj_dim is not None
         self.guidance, self.steps = (8.5 if embeds else 1.0, 4) if self.distilled else (7.5, 50)
         side = pipe.unet.config.sample_size
-        self.size = tuple(
-            n * pipe.vae_scale_factor for n in (side if isinstance(side, (list, tuple)) else (side, side))
-        )
+        sides = side if isinstance(side, (list, tuple)) else (side, side)
+        self.size = tuple(n * pipe.vae_scale_factor for n in sides)
         self._embeddings: dict[str, Tensor] = {}
         self.requires_grad_(False).eval()
 

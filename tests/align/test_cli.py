@@ -1,5 +1,6 @@
 """The command line, in process where it can be and as a real process where it must be."""
 
+import functools
 import json
 import os
 import re
@@ -197,9 +198,10 @@ def test_ctrl_c_keeps_partial_results(tiny_folder, tmp_path):
     """A real process, a real signal: it exits with 130 and leaves a readable, marked result."""
     argv = [sys.executable, "-m", "align.cli", "steer", "a cat", "--model", tiny_folder, "--reward", "Brightness"]
     argv += ["--steps", "900", "--particles", "2", "--out", tmp_path / "run"]
-    process = subprocess.Popen(
-        [str(a) for a in argv], cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "TERM": "dumb"}
-    )
+    listen = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a background shell makes children deaf to it
+    process = subprocess.Popen([str(a) for a in argv], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     seen = ""
     deadline = time.monotonic() + 120
     while not re.search(r"\b[1-9]\d*/1800", seen) and time.monotonic() < deadline:  # the first steps are done

@@ -91,7 +91,7 @@ def test_one_denoising_loop():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_readable(path):
     lines = len(path.read_text().splitlines())
-    assert lines <= (140 if path.parent.name == "families" else 420)
+    assert lines <= (150 if path.parent.name == "families" else 420)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
