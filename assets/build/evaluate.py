@@ -16,7 +16,7 @@ from rewards.shapes import Shapes
 
 def load() -> tuple[StableDiffusionPipeline, dict]:
     """The pipeline in float32, quiet, and its default generation settings."""
-    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny-sd", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny-sd", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     config = json.loads((ASSETS / "tiny-sd" / "generation_config.json").read_text())
     return pipe, {key: config[key] for key in ("num_inference_steps", "guidance_scale")}

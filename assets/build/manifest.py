@@ -70,7 +70,7 @@ def files() -> dict:
 @torch.no_grad()
 def clip_scores(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
     """tiny-clip's cosine of every image and its text."""
-    model = CLIPModel.from_pretrained(ASSETS / "tiny-clip", torch_dtype=torch.float32)
+    model = CLIPModel.from_pretrained(ASSETS / "tiny-clip", dtype=torch.float32)
     ids = CLIPTokenizer.from_pretrained(ASSETS / "tiny-clip")(
         texts, padding="max_length", return_tensors="pt"
     ).input_ids

@@ -26,7 +26,7 @@ def lines(name):
 def pipe():
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny-sd", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny-sd", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -128,7 +128,7 @@ def test_manifest_keeps_its_promises():
 def test_tiny_clip_loads_and_reads():
     from transformers import CLIPModel, CLIPProcessor
 
-    model = CLIPModel.from_pretrained(ASSETS / "tiny-clip", torch_dtype=torch.float32)
+    model = CLIPModel.from_pretrained(ASSETS / "tiny-clip", dtype=torch.float32)
     processor = CLIPProcessor.from_pretrained(ASSETS / "tiny-clip")
     image = Image.new("RGB", (32, 32), (240, 240, 240))
     image.paste((225, 25, 30), (8, 8, 24, 24))
