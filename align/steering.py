@@ -98,19 +98,7 @@ def steer(
     per_chunk = max(1, batch // particles)
     arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
     with _bar(progress, len(prompts), per_chunk, levels.steps, arms, watch) as tick:
-        try:
-            for first in range(0, len(prompts), per_chunk):
-                for arm, how in arms:
-                    chunk = prompts[first : first + per_chunk]
-                    run.add(result, chunk, first, arm, how, tick)
-        except (KeyboardInterrupt, Exception) as stop:
-            if not result.samples and not isinstance(stop, (KeyboardInterrupt, Interrupted)):
-                raise
-            cause = stop.__cause__ if isinstance(stop, Interrupted) else stop
-            result.interrupted = isinstance(cause, KeyboardInterrupt)
-            what = "interrupted" if result.interrupted else f"{type(stop).__name__}: {stop}"
-            result.stopped = str(stop) if isinstance(stop, Interrupted) else what
-            logger.warning("%s", result.stopped)
+        run.all(result, prompts, arms, per_chunk, tick)
     spent = {arm: run.ledgers[arm] for arm, _ in arms}
     result.ledger = {
         **sum(spent.values(), Ledger()).as_dict(),
@@ -136,6 +124,22 @@ class _Run:
         for reward in self.panel.values():
             if reward.modality != self.policy.modality:
                 raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {self.policy.modality}")
+
+    def all(self, result: Steered, prompts: list[Prompt], arms: list, per_chunk: int, tick) -> None:
+        """Every chunk of prompts in every arm; what is finished when something goes wrong is kept."""
+        try:
+            for first in range(0, len(prompts), per_chunk):
+                for arm, how in arms:
+                    self.add(result, prompts[first : first + per_chunk], first, arm, how, tick)
+        except (KeyboardInterrupt, Exception) as stop:
+            if not result.samples and not isinstance(stop, (KeyboardInterrupt, Interrupted)):
+                raise
+            result.interrupted = isinstance(
+                stop.__cause__ if isinstance(stop, Interrupted) else stop, KeyboardInterrupt
+            )
+            what = "interrupted" if result.interrupted else f"{type(stop).__name__}: {stop}"
+            result.stopped = str(stop) if isinstance(stop, Interrupted) else what
+            logger.warning("%s", result.stopped)
 
     def seeds(self, prompts: int, first: int) -> list[int]:
         return [row_seed(self.seed, first + p, k) for p in range(prompts) for k in range(self.particles)]
@@ -256,6 +260,9 @@ def _bar(show: bool, prompts: int, per_chunk: int, steps: int, arms: list, watch
     """A callback for every step: the progress bar, with the mean reward and the effective sample size, and `watch`."""
     from tqdm import tqdm
 
+    if not show and watch is None:
+        yield None
+        return
     total = math.ceil(prompts / per_chunk) * steps * len(arms)
     with tqdm(total=total, disable=not show, unit="step", dynamic_ncols=True) as bar:
 
