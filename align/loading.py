@@ -57,7 +57,8 @@ def load_policy(
     import diffusers
 
     unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in config}
-    variant = "fp16" if Path(model).is_dir() and not list(Path(model).glob("unet/*model.safetensors")) else None
+    weights = [file.name for file in Path(model).glob("unet/*") if file.name.endswith(WEIGHTS)]
+    variant = "fp16" if weights and all(".fp16." in name for name in weights) else None
     with _quiet(diffusers), _named(model):
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, **unused)
         if lora is not None:

@@ -78,6 +78,16 @@ def test_half_precision_variants_and_home_folders_load(tiny_folder, tmp_path, mo
     assert load_policy("~/half").dtype == torch.float32
 
 
+def test_folders_of_pickled_weights_load(tiny_folder, tmp_path):
+    """Old checkpoints hold .bin files only."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipe.save_pretrained(tmp_path / "old", safe_serialization=False)
+    assert not list((tmp_path / "old" / "unet").glob("*.safetensors"))
+    old, new = load_policy(tmp_path / "old"), load_policy(tiny_folder)
+    for a, b in zip(old.network.parameters(), new.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "embeds", "defaults"),
     [
