@@ -28,9 +28,10 @@ from samplers import Kernel, Steering
 from samplers.families import FAMILIES
 
 from .loading import EMBEDDED
+from .prompts import read_prompts
 from .results import Steered, describe, prepare_folder
 
-__all__ = ["main", "read_prompts"]
+__all__ = ["main"]
 
 COMPONENTS = {"rewards": Reward, "steerings": Steering, "kernels": Kernel}
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -236,49 +237,6 @@ def _list(parser: Parser, parsed: Namespace, options: Namespace) -> int:
             module, name = adapter.split(":")
             print(f"  {pipeline:<32} {(inspect.getdoc(getattr(import_module(module), name)) or '').splitlines()[0]}")
     return 0
-
-
-def read_prompts(given: Sequence[str]) -> list[Prompt]:
-    """Prompts as given, or from .txt (one a line) and .jsonl files (rows with "prompt", optional "negative", the rest is meta).
-
-    Raises:
-        ValueError: nothing given, or a row that is not a prompt.
-        FileNotFoundError: no such file.
-    """
-    prompts: list[Prompt] = []
-    for item in given:
-        path = Path(item)
-        if path.suffix.lower() in (".txt", ".jsonl") and (path.is_file() or not any(c.isspace() for c in item)):
-            prompts += _prompt_file(path)
-        elif len(item) < 256 and path.is_file():
-            raise ValueError(f"prompt files are .txt (one a line) or .jsonl; got {item}")
-        else:
-            prompts.append(Prompt(item))
-    if not prompts:
-        raise ValueError("no prompts: pass at least one, or a .txt or .jsonl file that holds some")
-    return prompts
-
-
-def _prompt_file(path: Path) -> list[Prompt]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompt file {path}")
-    lines = [
-        (i, line.strip()) for i, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()
-    ]
-    return [_prompt_row(path, i, line) if path.suffix.lower() == ".jsonl" else Prompt(line) for i, line in lines]
-
-
-def _prompt_row(path: Path, number: int, line: str) -> Prompt:
-    try:
-        row = json.loads(line)
-        prompt = Prompt(
-            row["prompt"], row.get("negative") or "", {k: v for k, v in row.items() if k not in ("prompt", "negative")}
-        )
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-        prompt = None
-    if prompt is None or not isinstance(prompt.text, str) or not isinstance(prompt.negative, str):
-        raise ValueError(f'{path}:{number} must be a JSON object with a "prompt"; got {line[:80]!r}')
-    return prompt
 
 
 if __name__ == "__main__":

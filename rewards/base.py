@@ -16,12 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Modality", "Prompt", "Reward", "Scores", "as_prompts"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Configurable", "Modality", "Prompt", "Reward", "Scores", "as_prompts"]
 
 Modality = Literal["image", "video", "audio", "tokens"]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -76,7 +79,23 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
 
 
-class Reward(nn.Module, ABC):
+class Configurable:
+    """Remembers what its constructor was called with in `arguments`, so that files can say how it was made."""
+
+    arguments: Mapping[str, Any] = EMPTY
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        try:
+            arguments = dict(inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments)
+        except TypeError:  # __init__ itself will say what is wrong
+            arguments = {}
+        arguments.pop("self", None)
+        object.__setattr__(made, "arguments", arguments)
+        return made
+
+
+class Reward(Configurable, nn.Module, ABC):
     """Scores samples. Subclasses implement `measure`; callers use `score` or call the reward.
 
     A reward is frozen and always in eval mode: a parent's `.train()` cannot switch its dropout on. It runs on the
@@ -86,24 +105,11 @@ class Reward(nn.Module, ABC):
         modality: what it looks at.
         differentiable: whether a gradient with respect to the media exists.
         needs_prompt: whether the prompt matters.
-        arguments: what its constructor was called with.
     """
 
     modality: Modality = "image"
     differentiable: bool = True
     needs_prompt: bool = True
-    arguments: Mapping[str, Any] = EMPTY
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Reward:
-        """Remembers the constructor's arguments, so that a result file can say how the reward was made."""
-        reward = super().__new__(cls)
-        try:
-            arguments = dict(inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments)
-        except TypeError:  # __init__ itself will say what is wrong
-            arguments = {}
-        arguments.pop("self", None)
-        object.__setattr__(reward, "arguments", arguments)
-        return reward
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,13 +7,16 @@ classifier-free guidance (2207.12598) in one batched network call, conversion to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rewards.base import Configurable
 
 from .kernels import DDIM, Kernel
 from .levels import Clean, Levels, Prediction, to_clean
@@ -21,10 +24,11 @@ from .levels import Clean, Levels, Prediction, to_clean
 if TYPE_CHECKING:
     from rewards.base import Modality, Prompt
 
-__all__ = ["Cond", "Policy", "Size", "Speaker"]
+__all__ = ["Checkpointing", "Cond", "Policy", "Size", "Speaker"]
 
 Size = tuple[int, ...]  # (height, width) in pixels, or (frames, height, width)
 Speaker = Literal["policy", "reference", "old", "ema"]
+Checkpointing = Literal["none", "step", "block"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Cond:
         return Cond(positive, negative, self.guidance)
 
 
-class Policy(nn.Module, ABC):
+class Policy(Configurable, nn.Module, ABC):
     """A generator. Frozen and in eval mode; training adds adapters to `network`.
 
     Attributes:
@@ -97,6 +101,11 @@ class Policy(nn.Module, ABC):
         source: the folder or hub id it was loaded from.
         modality: what it makes.
         world: the name of a procedural world whose exact detector can judge it, or "".
+        checkpointing: what is recomputed in the backward pass of a rollout: whole network calls ("step"), the network's own
+            blocks ("block"), or nothing.
+        uncond_grad: whether the unconditional branch of guidance carries a gradient.
+        decode_chunk: samples decoded at a time, which bounds the decoder's memory; the result does not change.
+        voices: earlier weights of what is trained, by the name under which they may speak; see `remember`.
     """
 
     network: nn.Module
@@ -107,6 +116,13 @@ class Policy(nn.Module, ABC):
     source: str = ""
     modality: Modality = "image"
     world: str = ""
+    checkpointing: Checkpointing = "step"
+    uncond_grad: bool = True
+    decode_chunk: int = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.voices: dict[str, dict[str, Tensor]] = {}
 
     @abstractmethod
     def encode(self, prompts: Sequence[str | Prompt]) -> Cond:
@@ -128,9 +144,23 @@ class Policy(nn.Module, ABC):
     def decode(self, x0: Tensor, frames: slice | None = None) -> Tensor:
         """Media with values in [0, 1], differentiable. `frames` picks video frames before decoding."""
 
+    def training_levels(self, u: Tensor) -> Levels:
+        """The noise levels of quantiles u (B,) in [0, 1): 0 almost clean, 1 almost noise; uniform u is uniform in the
+        network's own time."""
+        table = self.levels(1000, self.size)
+        return table[table.steps - 1 - (u.cpu() * table.steps).long().clamp(0, table.steps - 1)]
+
     def preview(self, x0: Tensor) -> Tensor:
         """A cheaper `decode` for rewards of intermediate estimates; the same thing unless the family has one."""
         return self.decode(x0)
+
+    def in_chunks(self, decode: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
+        """Decodes `decode_chunk` samples at a time; in the backward pass each chunk is recomputed unless nothing is."""
+        parts = x0.split(self.decode_chunk)
+        if torch.is_grad_enabled() and x0.requires_grad and self.checkpointing != "none":
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            return torch.cat([checkpoint(decode, part, **again) for part in parts])  # pyright: ignore
+        return torch.cat([decode(part) for part in parts])
 
     @property
     def kernel(self) -> Kernel:
@@ -157,32 +187,66 @@ class Policy(nn.Module, ABC):
             return self.predict(x, at, cond)
         doubled = at if at.t.ndim == 0 else Levels(*(torch.cat([v, v]) for v in (at.t, at.alpha, at.sigma)))
         negative, positive = self.predict(torch.cat([x, x]), doubled, cond.both()).chunk(2)
+        negative = negative if self.uncond_grad else negative.detach()
         return negative + cond.guidance * (positive - negative)
 
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def remember(self, who: str) -> None:
+        """Keeps a copy of the trainable weights, which speaks in `acting_as(who)`."""
+        self.voices[who] = {name: p.detach().clone() for name, p in self.trainable.items()}
+
     @contextmanager
-    def acting_as(self, who: Speaker) -> Iterator[None]:
-        """Lets another adapter speak: "reference" switches adapters off, "old" and "ema" name adapters, "policy" is as it is.
+    def acting_as(self, who: Speaker | str) -> Iterator[None]:
+        """Lets other weights speak.
+
+        Args:
+            who: "policy" is the network as it is; a name in `voices` the weights remembered under it; an adapter's name that
+                adapter; "reference", unless remembered, the network with its adapters switched off.
 
         Raises:
-            ValueError: the network has no adapter of that name.
+            ValueError: nothing of that name.
         """
+        if who == "policy":
+            yield
+        elif who in self.voices:
+            with self._swapped(self.voices[who]):
+                yield
+        else:
+            with self._adapter(who):
+                yield
+
+    @contextmanager
+    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        mine = {name: (p, p.data) for name, p in self.network.named_parameters() if name in weights}
+        try:
+            for name, (p, data) in mine.items():
+                p.data = weights[name].to(data)
+            yield
+        finally:
+            for p, data in mine.values():
+                p.data = data
+
+    @contextmanager
+    def _adapter(self, who: str) -> Iterator[None]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
-        if who == "policy" or who == "reference" and not layers:
-            yield
-            return
         names = {name for layer in layers for name in getattr(layer, layer.adapter_layer_names[0], {})}
         if who != "reference" and who not in names:
-            raise ValueError(f"the network has no adapter {who!r}; it has {sorted(names) or 'none'}")
+            known = sorted(names | self.voices.keys())
+            raise ValueError(f"the network has no adapter {who!r}; it has {known or 'none'}")
+        if who == "reference" and not layers and self.trainable:
+            raise ValueError("nothing remembers the reference: call policy.remember('reference') before training")
         before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
-        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        trainable = list(self.trainable.values())
         try:
             for layer in layers:
-                if who == "reference":
-                    layer.enable_adapters(False)
-                else:
-                    layer.enable_adapters(True)
+                layer.enable_adapters(who != "reference")
+                if who != "reference":
                     layer.set_adapter(who)
             yield
         finally:

@@ -176,7 +176,7 @@ def rollout(
         noise: noise(0) is the initial state (B, …); noise(i) drives the i-th step.
         particles: K, rows a prompt; they form consecutive blocks.
         prompts: P or B prompts for the steering's rewards.
-        grad: which steps' network calls build a graph; they run under activation checkpointing. From the first of them on
+        grad: which steps' network calls build a graph, under the policy's activation checkpointing. From the first of them on
             the states stay in the graph, past later network calls outside the window too.
         record: "path" keeps every state and log-probability.
         watch: called after every step, and once at the end, with the population: progress bars and live previews.
@@ -240,9 +240,11 @@ def _denoise(ctx: Context, x: Tensor, at: Levels, building: bool, guided: bool) 
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 return policy.denoise(x, at, cond), x
-        if building:
+        if building and policy.checkpointing == "step":
             clean = checkpoint(policy.denoise, x, at, cond, use_reentrant=False, preserve_rng_state=False)
             return clean, x  # pyright: ignore
+        if building:
+            return policy.denoise(x, at, cond), x
         with torch.no_grad():
             output = policy.output(x, at, cond)
         return to_clean(policy.prediction, output, x, at), x  # after a window, the graph goes on around the network

@@ -39,13 +39,12 @@ class StableDiffusion(Policy):
     Args:
         pipe: the loaded pipeline; its modules are frozen and put in eval mode.
         preview_vae: an `AutoencoderTiny` that decodes intermediate estimates; the full VAE always decodes the result.
-        decode_chunk: images decoded at a time, which bounds the memory of the VAE; the pixels do not change.
 
     Raises:
         ValueError: a UNet that takes more than a latent (inpainting), or an unsupported prediction type.
     """
 
-    def __init__(self, pipe, preview_vae=None, decode_chunk: int = 8) -> None:
+    def __init__(self, pipe, preview_vae=None) -> None:
         super().__init__()
         config = pipe.scheduler.config
         channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
@@ -64,7 +63,7 @@ class StableDiffusion(Policy):
                 f"got {config.prediction_type!r} with {config.timestep_scaling}"
             )
         self.network, self.vae, self.text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
-        self.pipe, self.scheduler, self.preview_vae, self.decode_chunk = pipe, pipe.scheduler, preview_vae, decode_chunk
+        self.pipe, self.scheduler, self.preview_vae = pipe, pipe.scheduler, preview_vae
         self.prediction = "consistency" if self.lcm else PREDICTIONS[config.prediction_type]  # pyright: ignore
         self.distilled = self.lcm or _is_turbo(pipe.scheduler)
         embeds = pipe.unet.config.time_cond_proj_dim is not None
@@ -120,6 +119,11 @@ class StableDiffusion(Policy):
         alpha_bar = torch.cat([schedule.alphas_cumprod.double()[t], end])
         return Levels(torch.cat([t.double(), torch.zeros(1)]), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
+    def training_levels(self, u: Tensor) -> Levels:
+        t = (u.cpu().double() * self.scheduler.config.num_train_timesteps).long()
+        alpha_bar = self.scheduler.alphas_cumprod.double().cpu()[t]
+        return Levels(t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
     def predict(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
         x, t = x.to(self.dtype), at.t.float().to(x.device).expand(len(x))
         scale = None
@@ -137,7 +141,7 @@ class StableDiffusion(Policy):
 
     def _decode(self, vae, x0: Tensor) -> Tensor:
         x0 = x0.to(vae.dtype) / vae.config.scaling_factor
-        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in x0.split(self.decode_chunk)])
+        images = self.in_chunks(lambda part: vae.decode(part, return_dict=False)[0], x0)
         return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
 
 

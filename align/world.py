@@ -1,0 +1,77 @@
+"""The processes of a run: which one this is, and how their rows come together. One process is a world of size 1.
+
+`accelerate launch` makes the processes; nothing here starts or configures any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["World"]
+
+
+class World:
+    """Rank, size and collective operations.
+
+    Args:
+        cpu: run the processes on CPUs (gloo) though there may be GPUs.
+    """
+
+    def __init__(self, cpu: bool = False) -> None:
+        from accelerate import PartialState
+
+        self.state = PartialState(cpu=cpu)
+        self.rank, self.size = self.state.process_index, self.state.num_processes
+        self.device: torch.device = self.state.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's consecutive part of `count` things.
+
+        Raises:
+            ValueError: they cannot be divided evenly.
+        """
+        if count % self.size:
+            raise ValueError(f"{count} cannot be divided evenly among {self.size} processes: choose a multiple of {self.size}")
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all processes, in rank order; every process must hold equally many."""
+        if self.size == 1:
+            return values
+        from accelerate.utils import gather
+
+        return gather(values.to(self.device).contiguous()).to(values.device)  # pyright: ignore
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, elementwise."""
+        if self.size == 1:
+            return values
+        from accelerate.utils import reduce
+
+        return reduce(values.to(self.device).clone(), "sum").to(values.device)  # pyright: ignore
+
+    def objects(self, values: list[Any]) -> list[Any]:
+        """The Python objects of all processes, in rank order."""
+        if self.size == 1:
+            return values
+        from accelerate.utils import gather_object
+
+        return gather_object(values)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes."""
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            self.state.wait_for_everyone()
