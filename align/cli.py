@@ -27,9 +27,10 @@ from rewards import Prompt, Reward
 from samplers import Kernel, Steering
 from samplers.families import FAMILIES
 
+from .description import describe
 from .loading import EMBEDDED
 from .prompts import read_prompts
-from .results import Steered, describe, prepare_folder
+from .results import Steered, prepare_folder
 
 __all__ = ["main"]
 

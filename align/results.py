@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-__all__ = ["Sample", "Steered", "describe", "prepare_folder", "to_pil", "versions"]
+__all__ = ["Sample", "Steered", "prepare_folder", "to_pil", "versions"]
 
 PLAIN, STEERED = "plain", "steered"
 MOST_PROMPTS_IN_GRID, MOST_COLUMNS_IN_GRID = 16, 16
@@ -177,27 +175,9 @@ def to_pil(pixels: Tensor) -> Image.Image:
 
 def versions() -> dict[str, str]:
     """The versions a result depends on."""
-    packages = ("kilter", "torch", "diffusers", "transformers", "open-clip-torch", "peft")
+    packages = ("kilter", "torch", "diffusers", "transformers", "open-clip-torch", "peft", "accelerate")
     found = {name: next((d.version for d in metadata.distributions(name=name)), "not installed") for name in packages}
     return {"python": platform.python_version(), **found}
-
-
-def describe(component: Any) -> Any:
-    """A component as configuration: its class and the constructor arguments it keeps as attributes."""
-    if component is None or isinstance(component, (bool, int, float, str)):
-        return component
-    if isinstance(component, Mapping):
-        return {str(k): describe(v) for k, v in component.items()}
-    if isinstance(component, Sequence):
-        return [describe(v) for v in component]
-    if isinstance(component, (Path, torch.dtype, torch.device)):
-        return str(component)
-    kind = type(component)
-    if (made_with := getattr(component, "arguments", None)) is not None:
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": describe(made_with)}
-    names = [n for n in inspect.signature(kind.__init__).parameters if n != "self"]
-    arguments = {n: describe(getattr(component, n)) for n in names if hasattr(component, n)}
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
 def prepare_folder(folder: str | Path | None, overwrite: bool = False) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rewards import Prompt
-from samplers import Context, Cond, Kernel, Levels, Policy, SeededNoise, Size, Trajectory, rollout
+from samplers import Cond, Context, Kernel, Levels, Policy, SeededNoise, Size, Trajectory, rollout
 from samplers.noise import mix
 from samplers.rollout import GradWindow, Record, never
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from rewards import Prompt, Reward, as_prompts
 from rewards.base import Configurable
-from samplers import Ledger, Levels, Policy, RewardFailed
+from samplers import Cond, Ledger, Levels, Policy, RewardFailed
 from samplers.noise import mix
 
 from .advantages import Advantage, PromptStatistics, advantages, best_and_worst, normalised
-from .batches import Batch, Noised, Paths, Rows, Starts, concat
+from .batches import Batch, Noised, Paths, Rows, Starts, Steps, concat
 from .prompts import read_prompts
 from .sampling import Sampling
 from .world import World
@@ -63,7 +63,7 @@ class Source(Configurable, ABC):
 
     Attributes:
         kind: "prompts", "rollouts" or "data".
-        makes: the kind of rows.
+        makes: the kind of rows an update sees.
         columns: the columns of its batches.
         members: rows an item.
         epochs: how often the updates go over one collection.
@@ -126,7 +126,9 @@ def pick(count: int, start: int, size: int, seed: int) -> list[int]:
     return [orders[place // size][place % size] for place in places]
 
 
-def noised(policy: Policy, x0: Tensor, cond, seeds: Sequence[int], members: int, draws: int, t: str = "uniform") -> tuple[Noised, Tensor]:
+def noised(
+    policy: Policy, x0: Tensor, cond: Cond, seeds: Sequence[int], members: int, draws: int, t: str = "uniform"
+) -> tuple[Noised, Tensor]:
     """Draws noise and level for clean samples; the members of an item share them.
 
     Args:
@@ -249,7 +251,7 @@ class Rollouts(Source):
         self.drop_zero, self.draws, self.t, self.guided, self.speaker = drop_zero, draws, t, guided, speaker
         self.reward = reward
         self.statistics = PromptStatistics(buffer, least)
-        self.makes = Paths if evidence == "steps" else Noised
+        self.makes = Steps if evidence == "steps" else Noised
         self.members = {None: 1, "best_worst": 2, "all": 2, "list": group}[pairs]
         self.columns = ("reward", "advantage", "quality", "group", "keep") + (("old",) if evidence == "steps" else ())
         self._metrics: dict[str, float] = {}
@@ -272,7 +274,7 @@ class Rollouts(Source):
             raise ValueError("Rollouts needs a reward: pass reward=…")
         if self.reward.modality != run.policy.modality:
             raise ValueError(
-                f"{self.reward.name} scores {self.reward.modality}, but the model makes {run.policy.modality}: choose another reward"
+                f"{self.reward.name} scores {self.reward.modality}, but the model makes {run.policy.modality}"
             )
         run.world.share(self.groups(run.batch))
         run.world.share(run.batch)

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rewards import Prompt, Reward, Shapes, as_prompts
-from rewards.shapes import parse
+from rewards import Prompt, Reward, as_prompts
 from samplers import Context, Interrupted, Kernel, Ledger, Policy, SeededNoise, Size, Steering, Trajectory, rollout
 from samplers.steering import FREE
 
-from .results import PLAIN, STEERED, Sample, Steered, describe
+from .description import describe
+from .panel import gold_of, panel_of
+from .results import PLAIN, STEERED, Sample, Steered
 
 __all__ = ["row_seed", "steer"]
 
@@ -79,8 +80,8 @@ def steer(
     pixels: Size = size or policy.size
     shape, levels = policy.shape(pixels), policy.levels(policy.steps if steps is None else steps, pixels)
     guidance = policy.guidance if guidance is None else guidance
-    gold = _gold(policy, prompts) if gold == "auto" else gold
-    panel = _panel([*steering.rewards(), *rewards], gold)
+    gold = gold_of(policy, prompts) if gold == "auto" else gold
+    panel = panel_of([*steering.rewards(), *rewards], gold)
     run = _Run(policy, kernel, levels, shape, guidance, steering, particles, seed, panel)
     run.check(prompts[0])
     config = {
@@ -232,27 +233,6 @@ def _checked(prompts: Any, particles: int, batch: int) -> list[Prompt]:
     if batch < 1:
         raise ValueError(f"batch must be ≥ 1; got {batch}")
     return prompts
-
-
-def _gold(policy: Policy, prompts: list[Prompt]) -> Reward | None:
-    if policy.world != "shapes":
-        return None
-    try:
-        for prompt in prompts:
-            parse(prompt.text)
-    except ValueError:
-        return None
-    return Shapes()
-
-
-def _panel(rewards: list[Reward], gold: Reward | None) -> dict[str, Reward]:
-    panel: dict[str, Reward] = {}
-    for reward in {id(r): r for r in rewards}.values():
-        name, n = reward.name, 2
-        while name in panel:
-            name, n = f"{reward.name}-{n}", n + 1
-        panel[name] = reward
-    return panel if gold is None else {**panel, "gold": gold}
 
 
 @contextmanager

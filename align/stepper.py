@@ -1,0 +1,129 @@
+"""One optimiser step: micro-batches in, weights changed.
+
+Each micro-batch's loss is weighed by its share of all items of the update, over all processes, so that the accumulated gradient is
+that of the mean over the whole minibatch, however it is cut. Gradients of all processes are summed in one flat reduction a step,
+which for LoRA is a few megabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers import Policy
+
+from .batches import Batch
+from .config import TrainConfig
+from .objectives.base import Objective
+from .world import World
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """Optimiser, learning rate, loss scaling and moving average.
+
+    Args:
+        policy: its trainable parameters are what is stepped.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.parameters = list(policy.trainable.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.learning_rate, config.betas, config.epsilon, config.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(policy.device.type, 1024.0, enabled=policy.dtype == torch.float16)
+
+    def step(
+        self, objective: Objective, policy: Policy, batch: Batch, update: int, check: Callable[[], None]
+    ) -> dict[str, float]:
+        """One step on this process's items; none may be left of them.
+
+        Args:
+            update: counted from 0.
+            check: called between micro-batches; may raise, and then nothing has changed.
+
+        Returns:
+            Means over the items of all processes. "skipped" is 1 if loss or gradient was not finite and nothing was changed.
+        """
+        total = float(self.world.sum(torch.tensor(float(batch.items))))
+        rate = self.config.learning_rate * self.config.rate(update)
+        if total == 0:
+            return {"empty": 1.0, "learning_rate": rate}
+        parts = torch.arange(batch.items).split(max(1, self.config.micro_batch // batch.members)) if batch.items else ()
+        batch = self._sharing(objective, policy, batch, parts, total)
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            check()
+            loss, metrics = objective.loss(policy, batch.take(part))
+            share = len(part) / total
+            self.scaler.scale(loss * share).backward()
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double() * share
+        norm = self._reduced_norm()
+        values = torch.stack([norm, *sums.values()]).tolist()  # the step's only wait for the device
+        means = self._total(dict(zip(sums, values[1:], strict=True)))
+        finite = math.isfinite(values[0]) and math.isfinite(means["loss"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if finite:
+            self.scaler.step(self.optimizer)
+            objective.updated(policy, update + 1)
+            self._average(policy, update)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**means, "grad_norm": values[0], "learning_rate": rate, "skipped": float(not finite), "items": total}
+
+    def _sharing(self, objective, policy, batch: Batch, parts: tuple[Tensor, ...], total: float) -> Batch:
+        """The batch with the objective's statistics over the whole update."""
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            for name, values in objective.shared(policy, batch.take(part)).items():
+                sums[name] = sums.get(name, 0.0) + values.detach().double().sum() / total
+        if self.world.size > 1:
+            device = policy.device
+            means = self._total({name: float(value) for name, value in sums.items()})
+            sums = {name: torch.tensor(mean, dtype=torch.float64, device=device) for name, mean in means.items()}
+        return replace(batch, shared=sums)
+
+    def _total(self, mine: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name over processes; a process without items knows no names."""
+        total: dict[str, float] = {}
+        for one in self.world.objects([dict(mine)]):
+            for name, value in one.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def _reduced_norm(self) -> Tensor:
+        """Sums the gradients of all processes, unscales and clips them; returns their norm before clipping."""
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if self.world.size > 1:
+            flat = self.world.sum(torch.cat([p.grad.flatten() for p in self.parameters]))  # pyright: ignore
+            for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+                p.grad = part.view_as(p)
+        self.scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).double()
+
+    def _average(self, policy: Policy, update: int) -> None:
+        """The moving average of the weights, with the usual warm-up of its decay."""
+        if not self.config.ema:
+            return
+        if "ema" not in policy.voices:
+            policy.remember("ema")
+        decay = min(self.config.ema, (1 + update) / (10 + update))
+        for name, p in policy.trainable.items():
+            policy.voices["ema"][name].lerp_(p.detach(), 1 - decay)
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])

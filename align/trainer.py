@@ -1,0 +1,414 @@
+"""The trainer: the only training loop in kilter. It never names a method.
+
+An iteration collects samples from the source; each update takes a minibatch of their items, in micro-batches whose gradients add
+up to exactly the gradient of the mean over the minibatch. Everything random is a function of the run's seed and counters, so a run
+resumes exactly and its global batches do not depend on the number of processes.
+
+Minibatches of an epoch are stratified: with n updates an epoch, every n consecutive items are a stratum, and each update takes one
+random item of each stratum without replacement. So every update sees all prompts evenly, each item is used once an epoch, and a
+process's share of any minibatch lies in its own share of the collection.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewards import Prompt
+from samplers import Ledger, Policy
+from samplers.noise import mix
+
+from . import checkpoints
+from .adapters import digest, named_tensors, prepare_trainable, save_adapter
+from .batches import Batch, concat
+from .config import FREE_TO_CHANGE, TrainConfig
+from .description import build, describe, differences
+from .evaluation import Evaluation, Evaluator
+from .guard import best, hacked, held_out
+from .loading import load_policy
+from .objectives.base import Objective
+from .panel import gold_of, panel_of
+from .prompts import read_prompts
+from .reports import Report, TrainResult
+from .results import prepare_folder, versions
+from .sampling import Sampling
+from .signals import Stop, StopRequested
+from .sources import Run, Source
+from .stepper import Stepper
+from .world import World
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger("kilter")
+EVALUATED = 32  # prompts of the source, where none are given to evaluate on
+
+
+class Trainer:
+    """Trains a policy's adapter.
+
+    Args:
+        policy: what to train. If nothing in it requires a gradient, `config.lora` says what will.
+        objective: how a batch becomes a loss.
+        source: where batches come from.
+        config: everything else.
+        resumed: continue in a folder that already holds a run.
+
+    Raises:
+        ValueError: the parts do not fit together; raised before anything is sampled or written.
+        FileExistsError: `config.out` holds another run.
+    """
+
+    def __init__(
+        self, policy: Policy, objective: Objective, source: Source, config: TrainConfig, *, resumed: bool = False
+    ) -> None:
+        self.world = World(cpu=policy.device.type == "cpu")
+        self.policy, self.config = policy, config
+        reward = objective.reward or source.reward
+        self.objective, self.source = objective.bind(reward), source.bind(reward)
+        self.sampling = Sampling.of(
+            policy, config.kernel, config.steps, config.guidance, config.size, config.sample_rows
+        )
+        config.memory.apply(policy)
+        policy.uncond_grad = config.uncond_grad
+        self.ledger = Ledger()
+        self.stop = Stop(at_once=self.world.size == 1)
+        self.run = Run(policy, self.sampling, self.world, config.seed, config.batch, self.ledger, self.stop.check)
+        self._check()
+        prepare_trainable(policy, config.lora, mix(config.seed, 0))
+        self.stepper = Stepper(policy, config, self.world)
+        prompts = read_prompts(config.eval_prompts) if config.eval_prompts else self._own_prompts()
+        self.evaluator = Evaluator(
+            prompts, config.eval_samples, panel_of([reward, *config.panel], gold_of(policy, prompts)), self.sampling,
+            mix(config.seed, 5),
+        )  # fmt: skip
+        self.optimised = next((n for n, r in self.evaluator.panel.items() if r is reward), None)
+        self.judge = held_out(self.optimised, list(self.evaluator.panel))
+        self.description = {
+            "policy": _described(policy),
+            "objective": describe(objective),
+            "source": describe(source),
+            "reward": describe(reward),
+            "train": describe(config),
+        }
+        self.update = self.iteration = self.position = self.skipped_in_a_row = 0
+        self.batch: Batch | None = None
+        self.log: list[dict[str, float]] = []
+        self.evaluations: list[tuple[int, Evaluation]] = []
+        self.stopped: str | None = None
+        out = config.out
+        if self.world.first:
+            out = str(prepare_folder(out, overwrite=resumed))
+        self.out = Path(self.world.objects([out])[0] or "")
+        self.report = Report(self.out, config.tracker, self.description) if self.world.first else None
+        self.unsaved = False
+
+    # Setting up
+
+    def _check(self) -> None:
+        """Whether source and objective fit each other, the policy and the processes."""
+        self.objective.check(self.policy)
+        if self.source.makes not in self.objective.takes:
+            takes = " or ".join(kind.__name__ for kind in self.objective.takes)
+            raise ValueError(
+                f"{type(self.objective).__name__} takes {takes} rows, but {type(self.source).__name__} makes "
+                f"{self.source.makes.__name__}: choose a source of kind {self.objective.source!r}, or its evidence"
+            )
+        if missing := [c for c in self.objective.needs if c not in self.source.columns]:
+            raise ValueError(
+                f"{type(self.objective).__name__} needs {missing}, which {type(self.source).__name__} does not make; "
+                f"it makes {list(self.source.columns)}"
+            )
+        wanted, got = self.objective.members, self.source.members
+        if wanted != got and not (wanted == 0 and got > 1):
+            raise ValueError(
+                f"{type(self.objective).__name__} needs items of {wanted or 'two or more'} rows, "
+                f"{type(self.source).__name__} makes items of {got}: set its pairs"
+            )
+        for reward in (r for r in (self.objective.reward, *self.config.panel) if r is not None):
+            if reward.modality != self.policy.modality:
+                raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {self.policy.modality}")
+        self.source.check(self.run)
+
+    def _own_prompts(self) -> list[Prompt]:
+        own = list({p.text: p for p in self.source.prompts_for_evaluation()}.values())[:EVALUATED]
+        if not own:
+            raise ValueError("there is nothing to evaluate on: set eval_prompts")
+        return own
+
+    # Running
+
+    def fit(self) -> TrainResult:
+        """Trains until `config.updates`, evaluating and saving on the way; picks up where a resumed run stopped.
+
+        Ctrl-C and SIGTERM save and return; so does anything else that goes wrong once training has begun, before it is raised.
+        """
+        failure: Exception | None = None
+        with self.stop.listening():
+            try:
+                if not self.evaluations:
+                    self.objective.begin(self.policy)
+                    self._evaluate()
+                while self.update < self.config.updates and self.stopped is None:
+                    self._one_update()
+                    self._after_update()
+            except StopRequested as stop:
+                self.stopped = str(stop)
+            except Exception as error:
+                self.stopped, failure = f"{type(error).__name__}: {error}", error
+            self.stepper.optimizer.zero_grad(set_to_none=True)
+            if failure is None or (self.update > 0 and self.world.size == 1):  # other processes may be gone
+                self._checkpoint(required=failure is None)
+        if failure is not None:
+            raise failure
+        return self._finish()
+
+    def _one_update(self) -> None:
+        """Collects if need be, then one optimiser step."""
+        began = time.perf_counter()
+        if self.batch is None:
+            self.batch, self.position = self._collect(), 0
+        epoch, part = divmod(self.position, self.source.updates)
+        seed = mix(self.run.seed, 8, self.iteration, epoch)
+        chosen = _kept(self.source.choose(self.batch.take(self._stratum(epoch, part)), seed))
+        metrics = self.stepper.step(self.objective, self.policy, chosen, self.update, self.stop.check)
+        self._noticed(metrics)
+        self.update, self.position = self.update + 1, self.position + 1
+        if self.position == self.source.updates * self.source.epochs:
+            self.batch, self.iteration = None, self.iteration + 1
+        row = {"update": self.update, **metrics, **self.source.metrics(), "seconds": time.perf_counter() - began}
+        self.log.append(row)
+        if self.report:
+            self.report.row(row, self.config.updates)
+
+    def _collect(self) -> Batch:
+        batch = self.source.collect(self.run, self.iteration)
+        items = self.world.share(batch.items * self.world.size)
+        index = torch.arange(items.start, items.stop).repeat_interleave(batch.members)
+        return self.objective.annotate(self.policy, batch.having(item=index), mix(self.run.seed, 6, self.iteration))
+
+    def _noticed(self, metrics: Mapping[str, float]) -> None:
+        """Counts skipped updates, and gives up after too many in a row."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("skipped") else 0
+        if metrics.get("skipped"):
+            logger.warning("update %d was skipped: its loss or gradient was not finite", self.update + 1)
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            self.stopped = (
+                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that was not finite: lower the "
+                "learning rate, or look at the reward"
+            )
+
+    def _stratum(self, epoch: int, part: int) -> Tensor:
+        """The local items of one minibatch; see the module docstring."""
+        assert self.batch is not None
+        n = self.source.updates
+        strata = self.batch.items // n
+        places = []
+        for stratum in range(strata):
+            seed = mix(self.run.seed, 9, self.iteration, epoch, self.world.rank * strata + stratum)
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            places.append(stratum * n + order[part])
+        return torch.stack(places)
+
+    # Looking and saving
+
+    @property
+    def speaker(self) -> str:
+        """Whose weights are judged and kept."""
+        return "ema" if "ema" in self.policy.voices else "policy"
+
+    def _after_update(self) -> None:
+        c, improved = self.config, False
+        if (c.eval_every and self.update % c.eval_every == 0) or self.update == c.updates:
+            improved = self._evaluate()
+        if improved or self.unsaved or self.update % c.save_every == 0:
+            self._checkpoint(required=False)
+        if self.world.size > 1 and self.world.any(self.stop.reason is not None):
+            raise StopRequested(self.stop.reason or "another process was asked to stop")
+
+    def _evaluate(self) -> bool:
+        """Judges the weights; returns whether they are the best so far, in which case they become the run's adapter."""
+        evaluation = self.evaluator(self.policy, self.world, self.speaker, self.stop.check)
+        self.evaluations.append((self.update, evaluation))
+        times = hacked(self.evaluations, self.optimised, self.judge, self.config.eval_samples)
+        if times >= self.config.patience:
+            message = (
+                f"{self.optimised} rises while the held-out {self.judge} falls: the reward is being over-optimised"
+            )
+            logger.warning("%s", message)
+            if self.config.stop_on_hacking:
+                self.stopped = message
+        if self.report:
+            self.report.evaluation(self.update, evaluation, self.evaluator)
+        improved = best(self.evaluations, self.judge) == self.update
+        if improved and self.world.first:
+            self._export()
+        return improved
+
+    def _export(self) -> None:
+        """Writes the adapter a user takes; an older one is replaced at once."""
+        partial = self.out / f"{checkpoints.PARTIAL}adapter"
+        try:
+            for file in save_adapter(self.policy, partial, self.speaker):
+                file.replace(self.out / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _checkpoint(self, required: bool) -> None:
+        """Saves into the run's folder and prunes. A save that fails is tried again after the next update unless `required`."""
+        folder = self.out / "checkpoints" / f"{self.update:06d}"
+        try:
+            if not (folder / checkpoints.STATE).is_file():
+                self.save(folder)
+            self.unsaved = False
+        except OSError as error:
+            if required:
+                raise
+            self.unsaved = True
+            logger.warning("%s; training goes on and tries again after the next update", error)
+            return
+        if self.world.first:
+            known = sorted(p for p in folder.parent.glob("[0-9]*") if p.is_dir())
+            kept = (
+                {folder, folder.parent / f"{best(self.evaluations, self.judge):06d}"} if self.evaluations else {folder}
+            )
+            for old in known[: -self.config.keep]:
+                if old not in kept:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a checkpoint at `path`, whole or not at all: everything from which `resume` goes on.
+
+        Raises:
+            OSError: it could not be written; nothing is left behind.
+        """
+        state = {
+            "weights": named_tensors(self.policy),
+            "voices": {who: {n: w.cpu() for n, w in voice.items()} for who, voice in self.policy.voices.items()},
+            "stepper": self.stepper.state(),
+            "counters": {name: getattr(self, name) for name in COUNTERS},
+            "source": self.source.state(),
+            "log": self.log,
+            "evaluations": [
+                (u, {"scores": e.scores, "kl": e.kl, "diversity": e.diversity}) for u, e in self.evaluations
+            ],
+            "ledger": dict(self.ledger.counts),
+            "digest": digest(self.policy),
+        }
+        mine = {"batch": self.batch and self.batch.state(), "generators": checkpoints.generators()}
+        config = {"description": self.description, "versions": versions(), "processes": self.world.size}
+        extra = lambda folder: save_adapter(self.policy, folder, self.speaker)  # noqa: E731
+        checkpoints.write(Path(path), config, state, mine, extra, self.world)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        *,
+        policy: Policy | None = None,
+        objective: Objective | None = None,
+        source: Source | None = None,
+        **changes: Any,
+    ) -> Trainer:
+        """Continues a run bit for bit from its newest complete checkpoint, or from the given one.
+
+        Args:
+            path: the run's folder, or a checkpoint.
+            policy, objective, source: needed only where the recorded ones cannot be made again from their description.
+            changes: fields of `TrainConfig` that may differ: `updates`, `save_every`, `keep`, `eval_every`, `tracker`, …
+
+        Raises:
+            FileNotFoundError, ValueError: nothing to resume from, or a change that would make it another run.
+        """
+        folder = checkpoints.latest(Path(path))
+        config, state, shards = checkpoints.read(folder)
+        recorded = config["description"]
+        if wrong := sorted(set(changes) - FREE_TO_CHANGE):
+            raise ValueError(
+                f"{', '.join(wrong)} cannot change when a run is resumed; free are {sorted(FREE_TO_CHANGE)}"
+            )
+        if folder.parent.name == "checkpoints":
+            changes.setdefault("out", str(folder.parent.parent))
+        if other := differences(config["versions"], versions()):
+            logger.warning("resuming under other versions, so not bit for bit: %s", "; ".join(other))
+        train = replace(build(recorded["train"]), **changes)
+        objective, source = objective or build(recorded["objective"]), source or build(recorded["source"])
+        reward = objective.reward or source.reward or build(recorded["reward"])
+        policy = policy or _policy(recorded["policy"])
+        trainer = cls(policy, objective.bind(reward), source.bind(reward), train, resumed=True)
+        trainer.description = {**recorded, "train": describe(train)}
+        trainer._restore(state, shards)
+        return trainer
+
+    def _restore(self, state: Mapping[str, Any], shards: list[dict[str, Any]]) -> None:
+        mine = self.policy.trainable
+        if mine.keys() != state["weights"].keys():
+            raise ValueError(
+                "the checkpoint trains other weights than this policy: was it made with another model or LoRA?"
+            )
+        for name, p in mine.items():
+            p.data.copy_(state["weights"][name])
+        device = self.policy.device
+        self.policy.voices = {who: {n: w.to(device) for n, w in v.items()} for who, v in state["voices"].items()}
+        self.stepper.restore(state["stepper"])
+        for name in COUNTERS:
+            setattr(self, name, state["counters"][name])
+        self.source.restore(state["source"])
+        self.log = list(state["log"])
+        self.evaluations = [(u, Evaluation(**e, media=torch.empty(0))) for u, e in state["evaluations"]]
+        self.ledger.counts.update(state["ledger"])
+        batches = [
+            Batch.restored(s["batch"], self.sampling.kernel, self.sampling.levels, self.sampling.shape)
+            for s in shards if s["batch"] is not None
+        ]  # fmt: skip
+        if batches:
+            whole = concat(batches)
+            share = self.world.share(whole.items)
+            self.batch = whole.take(torch.arange(share.start, share.stop))
+        if self.world.rank < len(shards):
+            checkpoints.restore_generators(shards[self.world.rank]["generators"])
+        if self.report:
+            self.report.rewind(self.log)
+
+    def _finish(self) -> TrainResult:
+        if self.report is not None:
+            self.report.finish(
+                self.log, self.evaluations, self.evaluator, self.judge, self.optimised, self.ledger, self.stopped
+            )
+        self.world.wait()
+        return TrainResult(
+            self.out, self.log, self.evaluations, self.judge, best(self.evaluations, self.judge) if self.evaluations else 0,
+            self.stopped, digest(self.policy),
+        )  # fmt: skip
+
+
+COUNTERS = ("update", "iteration", "position", "skipped_in_a_row")
+
+
+def _kept(batch: Batch) -> Batch:
+    """The items whose rows may all be trained on."""
+    if "keep" not in batch.columns:
+        return batch
+    keep = batch.columns["keep"].reshape(-1, batch.members).all(1)
+    return batch.take(keep.nonzero().flatten().cpu())
+
+
+def _described(policy: Policy) -> dict[str, Any]:
+    """How to make the policy again: from where it was loaded, or by its constructor."""
+    if policy.source:
+        return {"model": policy.source, "dtype": str(policy.dtype).replace("torch.", ""), "device": policy.device.type}
+    return describe(policy)
+
+
+def _policy(recorded: Mapping[str, Any]) -> Policy:
+    if "model" not in recorded:
+        return build(recorded)
+    device = recorded["device"] if recorded["device"] != "cuda" or torch.cuda.is_available() else None
+    return load_policy(recorded["model"], dtype=recorded["dtype"], device=device)
