@@ -44,7 +44,7 @@ from ..batches import Batch, Starts, Steps
 from ..evidence import Reduction, law, reduced
 from .base import Metrics, Objective
 
-__all__ = ["Backprop", "check_reward", "estimate", "judged", "nothing", "seeded", "sound"]
+__all__ = ["Backprop", "check_reward", "estimate", "judged", "nothing", "seeded", "sound", "watched"]
 
 Truncation = Literal["last", "random", "gaussian", "per_step", "all", "low_variance", "one_step"]
 
@@ -130,8 +130,8 @@ class Backprop(Objective):
         reward, ok = judged(self.reward, policy.decode(sample.x0), batch.prompts * copies)
         # one share a row of the batch, judged or not: so micro-batches add up to the batch
         loss = self.scale * torch.where(ok, self._minimised(reward), 0).mean()
-        metrics = {"reward": reward.detach()[ok].mean(), "reward_failed": 1 - ok.double().mean()}
-        metrics["k"] = torch.tensor(float(len(kept) - kept.index(True)))
+        metrics = watched(reward, ok)
+        metrics["k"] = torch.full_like(loss, len(kept) - kept.index(True))
         if self.kl_weight:
             kl = self._kl(policy, rows, sample).mean()
             loss, metrics["kl"] = loss + self.kl_weight * kl, kl.detach()
@@ -271,6 +271,13 @@ def judged(reward: Reward, media: Tensor, prompts: tuple[Prompt, ...]) -> tuple[
     scores = reward(media, prompts)
     ok = ~scores.detach().isnan()
     return torch.where(ok, scores, 0), ok
+
+
+def watched(reward: Tensor, ok: Tensor) -> dict[str, Tensor]:
+    """The mean of the scores that were given, and the share that was not."""
+    reward = reward.detach()
+    failed = 1 - ok.to(reward).mean()
+    return {"reward": torch.where(ok, reward, torch.nan).nanmean(), "reward_failed": failed}
 
 
 def nothing(policy: Policy) -> Tensor:
