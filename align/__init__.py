@@ -18,9 +18,21 @@ for _name in ("rewards", "samplers"):
             "rename that file or folder, or start Python from another directory"
         )
 
+from .adapters import Lora
+from .batches import Batch, Noised, Paths, Starts, Steps
+from .config import TrainConfig
 from .loading import load_policy
+from .memory import Memory
+from .objectives import Objective
+from .reports import TrainResult
 from .results import Sample, Steered
 from .scoring import score
+from .sources import Prompts, Rollouts, Source
 from .steering import row_seed, steer
+from .trainer import Trainer
+from .training import train
 
-__all__ = ["Sample", "Steered", "load_policy", "row_seed", "score", "steer"]
+__all__ = [
+    "Batch", "Lora", "Memory", "Noised", "Objective", "Paths", "Prompts", "Rollouts", "Sample", "Source", "Starts", "Steered",
+    "Steps", "TrainConfig", "TrainResult", "Trainer", "load_policy", "row_seed", "score", "steer", "train",
+]  # fmt: skip

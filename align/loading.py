@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ def load_policy(
     policy.steps = int(defaults.get("num_inference_steps", policy.steps))
     policy.guidance = float(defaults.get("guidance_scale", policy.guidance))
     policy.source, policy.world = str(model), str(defaults.get("world", ""))
+    policy.adapter = "" if lora is None else str(lora)
     return policy
 
 
@@ -161,7 +163,7 @@ def _expanded(path: str | Path) -> str | Path:
 
 def _best_device() -> str:
     if torch.cuda.is_available():
-        return "cuda"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one a process under `accelerate launch`
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rewards import Prompt
 
-__all__ = ["read_prompts"]
+__all__ = ["read_prompts", "world_prompts"]
+
+WORLDS = Path(__file__).resolve().parent.parent / "assets" / "prompts"
 
 
 def read_prompts(given: Sequence[str]) -> list[Prompt]:
@@ -30,6 +32,12 @@ def read_prompts(given: Sequence[str]) -> list[Prompt]:
     if not prompts:
         raise ValueError("no prompts: pass at least one, or a .txt or .jsonl file that holds some")
     return prompts
+
+
+def world_prompts(world: str, split: str) -> list[Prompt]:
+    """The prompts that come with an embedded world: its "train" or "heldout" ones; none for other models."""
+    path = WORLDS / f"{split}.jsonl"
+    return _prompt_file(path) if world == "shapes" and path.is_file() else []
 
 
 def _prompt_file(path: Path) -> list[Prompt]:

@@ -180,7 +180,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def prepare_folder(folder: str | Path | None, overwrite: bool = False) -> Path:
+def prepare_folder(
+    folder: str | Path | None,
+    overwrite: bool = False,
+    remedy: str = "choose another --out, or pass --overwrite to replace its results",
+) -> Path:
     """Checks, before any work, that results can be written; without a name takes the next free `runs/NNN`.
 
     Raises:
@@ -192,9 +196,7 @@ def prepare_folder(folder: str | Path | None, overwrite: bool = False) -> Path:
         folder = Path("runs") / f"{max(taken, default=0) + 1:03d}"
     folder = Path(folder).expanduser()
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder} is not empty: choose another --out, or pass --overwrite to replace its results"
-        )
+        raise FileExistsError(f"{folder} is not empty: {remedy}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".kilter"

@@ -29,7 +29,7 @@ from samplers.noise import mix
 
 from .advantages import Advantage, PromptStatistics, advantages, best_and_worst, normalised
 from .batches import Batch, Noised, Paths, Rows, Starts, Steps, concat
-from .prompts import read_prompts
+from .prompts import read_prompts, world_prompts
 from .sampling import Sampling
 from .world import World
 
@@ -158,7 +158,7 @@ class Prompts(Source):
     """Prompts and seeds from which an objective rolls out itself, with gradient.
 
     Args:
-        prompts: texts, or .txt / .jsonl files of them.
+        prompts: texts, or .txt / .jsonl files of them; those of the model's own world, if it has one, by default.
     """
 
     kind = "prompts"
@@ -169,8 +169,7 @@ class Prompts(Source):
 
     def check(self, run: Run) -> None:
         run.world.share(run.batch)
-        if not self.prompts:
-            raise ValueError("Prompts needs prompts: texts, or a .txt or .jsonl file that holds some")
+        self.prompts = _some(self, self.prompts, run)
 
     def collect(self, run: Run, iteration: int) -> Batch:
         mine = range(run.batch)[run.world.share(run.batch)]
@@ -189,7 +188,7 @@ class Rollouts(Source):
     """The current policy's own samples in groups of one prompt, scored by a reward.
 
     Args:
-        prompts: texts, or .txt / .jsonl files of them.
+        prompts: texts, or .txt / .jsonl files of them; those of the model's own world, if it has one, by default.
         group: samples a prompt.
         evidence: "steps" keeps whole trajectories, "clean" the final samples with `draws` noise draws each.
         updates: optimiser steps one epoch makes of a collection; batch × updates items are collected an iteration.
@@ -268,8 +267,7 @@ class Rollouts(Source):
         return batch * self.updates // items
 
     def check(self, run: Run) -> None:
-        if not self.prompts:
-            raise ValueError("Rollouts needs prompts: texts, or a .txt or .jsonl file that holds some")
+        self.prompts = _some(self, self.prompts, run)
         if self.reward is None:
             raise ValueError("Rollouts needs a reward: pass reward=…")
         if self.reward.modality != run.policy.modality:
@@ -409,3 +407,10 @@ def _read(prompts: Sequence[str] | str) -> list[Prompt]:
     given = [prompts] if isinstance(prompts, (str, Path, Prompt)) else list(prompts)
     texts = [p for p in given if not isinstance(p, Prompt)]
     return as_prompts([p for p in given if isinstance(p, Prompt)] + (read_prompts(texts) if texts else []))
+
+
+def _some(source: Source, prompts: list[Prompt], run: Run) -> list[Prompt]:
+    prompts = prompts or world_prompts(run.policy.world, "train")
+    if not prompts:
+        raise ValueError(f"{type(source).__name__} needs prompts: texts, or a .txt or .jsonl file that holds some")
+    return prompts

@@ -36,7 +36,7 @@ from .guard import best, hacked, held_out
 from .loading import load_policy
 from .objectives.base import Objective
 from .panel import gold_of, panel_of
-from .prompts import read_prompts
+from .prompts import read_prompts, world_prompts
 from .reports import Report, TrainResult
 from .results import prepare_folder, versions
 from .sampling import Sampling
@@ -84,7 +84,7 @@ class Trainer:
         self._check()
         prepare_trainable(policy, config.lora, mix(config.seed, 0))
         self.stepper = Stepper(policy, config, self.world)
-        prompts = read_prompts(config.eval_prompts) if config.eval_prompts else self._own_prompts()
+        prompts = self._judged_prompts()
         self.evaluator = Evaluator(
             prompts, config.eval_samples, panel_of([reward, *config.panel], gold_of(policy, prompts)), self.sampling,
             mix(config.seed, 5),
@@ -105,7 +105,8 @@ class Trainer:
         self.stopped: str | None = None
         out = config.out
         if self.world.first:
-            out = str(prepare_folder(out, overwrite=resumed))
+            remedy = f"choose another out, or continue the run it holds: kilter train --resume {out}"
+            out = str(prepare_folder(out, resumed, remedy))
         self.out = Path(self.world.objects([out])[0] or "")
         self.report = Report(self.out, config.tracker, self.description) if self.world.first else None
         self.unsaved = False
@@ -137,11 +138,15 @@ class Trainer:
                 raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {self.policy.modality}")
         self.source.check(self.run)
 
-    def _own_prompts(self) -> list[Prompt]:
-        own = list({p.text: p for p in self.source.prompts_for_evaluation()}.values())[:EVALUATED]
+    def _judged_prompts(self) -> list[Prompt]:
+        """Those of the config, else the held-out ones of the model's world, else the source's own, evenly thinned."""
+        if self.config.eval_prompts:
+            return read_prompts(self.config.eval_prompts)
+        own = world_prompts(self.policy.world, "heldout") or self.source.prompts_for_evaluation()
+        own = list({p.text: p for p in own}.values())
         if not own:
             raise ValueError("there is nothing to evaluate on: set eval_prompts")
-        return own
+        return own[:: max(1, len(own) // EVALUATED)][:EVALUATED]
 
     # Running
 
@@ -403,12 +408,14 @@ def _kept(batch: Batch) -> Batch:
 def _described(policy: Policy) -> dict[str, Any]:
     """How to make the policy again: from where it was loaded, or by its constructor."""
     if policy.source:
-        return {"model": policy.source, "dtype": str(policy.dtype).replace("torch.", ""), "device": policy.device.type}
+        dtype = str(next(policy.network.parameters()).dtype).replace("torch.", "")
+        return {"model": policy.source, "adapter": policy.adapter or None, "dtype": dtype, "device": policy.device.type}
     return describe(policy)
 
 
 def _policy(recorded: Mapping[str, Any]) -> Policy:
     if "model" not in recorded:
         return build(recorded)
-    device = recorded["device"] if recorded["device"] != "cuda" or torch.cuda.is_available() else None
-    return load_policy(recorded["model"], dtype=recorded["dtype"], device=device)
+    device = recorded["device"]
+    device = None if device == "cuda" else device  # the process's own
+    return load_policy(recorded["model"], lora=recorded["adapter"], dtype=recorded["dtype"], device=device)

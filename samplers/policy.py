@@ -98,7 +98,7 @@ class Policy(Configurable, nn.Module, ABC):
         prediction: what it predicts.
         guidance, steps: what a run uses when it is not told otherwise.
         size: the native media size in pixels.
-        source: the folder or hub id it was loaded from.
+        source, adapter: the folder or hub id it was loaded from, and that of its LoRA.
         modality: what it makes.
         world: the name of a procedural world whose exact detector can judge it, or "".
         checkpointing: what is recomputed in the backward pass of a rollout: whole network calls ("step"), the network's own
@@ -114,6 +114,7 @@ class Policy(Configurable, nn.Module, ABC):
     steps: int = 20
     size: Size = ()
     source: str = ""
+    adapter: str = ""
     modality: Modality = "image"
     world: str = ""
     checkpointing: Checkpointing = "step"
@@ -143,6 +144,16 @@ class Policy(Configurable, nn.Module, ABC):
     @abstractmethod
     def decode(self, x0: Tensor, frames: slice | None = None) -> Tensor:
         """Media with values in [0, 1], differentiable. `frames` picks video frames before decoding."""
+
+    def encode_media(self, media: Tensor) -> Tensor:
+        """Clean latents (B, …) of media (B, …) with values in [0, 1], on the policy's device; no graph.
+
+        Raises:
+            NotImplementedError: the family has no encoder.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot encode {self.modality}s: train on its own samples or on recorded latents"
+        )
 
     def training_levels(self, u: Tensor) -> Levels:
         """The noise levels of quantiles u (B,) in [0, 1): 0 almost clean, 1 almost noise; uniform u is uniform in the

@@ -10,7 +10,7 @@ import pytest
 
 import rewards
 import samplers
-from align.cli import COMPONENTS, build_parser, concrete
+from align.parsing import COMPONENTS, build_parser, concrete, train_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rewards", "samplers", "align")
