@@ -152,7 +152,8 @@ class Pairwise(Objective):
         assert isinstance(rows, (Steps, Noised))
         beta = self.beta or (0.1 if isinstance(rows, Steps) else 5000.0)
         quality = self._quality(batch)
-        best, worst = quality.argmax(1, keepdim=True), quality.argmin(1, keepdim=True)  # one and the same in a tie
+        best = quality.nan_to_num(-torch.inf).argmax(1, keepdim=True)
+        worst = quality.nan_to_num(torch.inf).argmin(1, keepdim=True)  # the same as the best in a tie
         now = self._evidence(policy, rows, best)
         before = reference_evidence(policy, rows, self.reduction)
 

@@ -44,11 +44,11 @@ CHUNK = 16  # rows explained at a time where no graph is kept
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """(B,) max(−A·ρ, −A·clip(ρ, 1 − low, 1 + high)), a constant that cannot overflow where the clipped side is larger."""
+    """(B,) max(−A·ρ, −A·clip(ρ, 1 − low, 1 + high)); where the clipped side is larger, ρ itself is not computed."""
     up = advantage >= 0
     floor = math.log1p(-low) if low < 1 else -math.inf
     outside = torch.where(up, log_ratio > math.log1p(high), log_ratio < floor)
-    bound = torch.where(up, 1.0 + high, 1.0 - low).to(log_ratio)
+    bound = torch.full_like(log_ratio, 1.0 - low).masked_fill(up, 1.0 + high)
     ratio = log_ratio.masked_fill(outside, 0.0).exp()
     return -advantage * torch.where(outside, bound, ratio)
 
