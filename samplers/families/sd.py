@@ -9,7 +9,7 @@ and inference steps, which with "linspace", or where the division leaves a remai
 are never clipped (`clip_sample`, `thresholding`), since that has no density and no useful gradient.
 
 Sources: latent diffusion, 2112.10752; progressive distillation (v), 2202.00512; zero terminal SNR, 2305.08891; latent
-consistency models, 2310.04378; tiny autoencoders, github.com/madebyollin/taesd.
+consistency models, 2310.04378; SD-Turbo (known by trailing Euler levels), 2311.17042; tiny autoencoders, madebyollin/taesd.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class StableDiffusion(Policy):
         config = pipe.scheduler.config
         channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
         if channels != latent:
-            raise ValueError(
-                f"the UNet takes {channels} channels, a latent has {latent}: inpainting models are not supported"
-            )
+            raise ValueError(f"the UNet takes {channels} channels, a latent has {latent}: inpainting is not supported")
         if config.prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type must be one of {sorted(PREDICTIONS)}; got {config.prediction_type!r}")
         if config.get("clip_sample") or config.get("thresholding"):
@@ -65,7 +63,8 @@ class StableDiffusion(Policy):
         self.network, self.vae, self.text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
         self.pipe, self.scheduler, self.preview_vae = pipe, pipe.scheduler, preview_vae
         self.prediction = "consistency" if self.lcm else PREDICTIONS[config.prediction_type]  # pyright: ignore
-        self.distilled = self.lcm or _is_turbo(pipe.scheduler)
+        turbo = "Euler" in type(pipe.scheduler).__name__ and config.get("timestep_spacing") == "trailing"
+        self.distilled = self.lcm or turbo
         embeds = pipe.unet.config.time_cond_proj_dim is not None
         self.guidance, self.steps = (8.5 if embeds else 1.0, 4) if self.distilled else (7.5, 50)
         side = pipe.unet.config.sample_size
@@ -139,12 +138,13 @@ class StableDiffusion(Policy):
     def preview(self, x0: Tensor) -> Tensor:
         return self._decode(self.preview_vae or self.vae, x0)
 
+    @torch.no_grad()
+    def encode_media(self, media: Tensor) -> Tensor:
+        pixels = (2 * media - 1).to(self.device, self.vae.dtype)
+        modes = [self.vae.encode(part).latent_dist.mode() for part in pixels.split(self.decode_chunk)]
+        return at_least_float32(torch.cat(modes)) * self.vae.config.scaling_factor
+
     def _decode(self, vae, x0: Tensor) -> Tensor:
         x0 = x0.to(vae.dtype) / vae.config.scaling_factor
         images = self.in_chunks(lambda part: vae.decode(part, return_dict=False)[0], x0)
         return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
-
-
-def _is_turbo(scheduler) -> bool:
-    """Adversarially distilled students (SD-Turbo, 2311.17042) ship an Euler scheduler with trailing levels."""
-    return "Euler" in type(scheduler).__name__ and scheduler.config.get("timestep_spacing") == "trailing"
