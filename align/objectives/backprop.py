@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -38,13 +39,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rewards import Prompt, Reward
-from samplers import Cond, Kernel, Levels, Policy, SeededNoise, diffuse, never, rollout
+from samplers import Clean, Cond, Kernel, Levels, Policy, SeededNoise, diffuse, never, rollout
 
 from ..batches import Batch, Starts, Steps
 from ..evidence import Reduction, law, reduced
 from .base import Metrics, Objective
 
-__all__ = ["Backprop", "check_reward", "estimate", "judged", "nothing", "seeded", "sound", "watched"]
+__all__ = ["Backprop", "check_reward", "estimate", "judged", "leaving_out", "seeded", "sound", "watched"]
 
 Truncation = Literal["last", "random", "gaussian", "per_step", "all", "low_variance", "one_step"]
 
@@ -126,7 +127,7 @@ class Backprop(Objective):
         copies = len(sample.x0) // len(rows)
         fine = sound(sample.x0).reshape(copies, -1).all(0)
         if not bool(fine.all()):
-            return self._without(policy, batch, fine)
+            return leaving_out(self, policy, batch, fine, ("reward", "k", *["kl"] * bool(self.kl_weight)))
         reward, ok = judged(self.reward, policy.decode(sample.x0), batch.prompts * copies)
         # one share a row of the batch, judged or not: so micro-batches add up to the batch
         loss = self.scale * torch.where(ok, self._minimised(reward), 0).mean()
@@ -174,13 +175,13 @@ class Backprop(Objective):
         if self.truncation == "one_step":
             m = kept.index(True)
             x = rollout(policy, _first(rows.kernel, m), rows.cond, levels[: m + 1], noise).x0
-            return _Sample(estimate(policy, x, levels[m], rows.cond), x[:, None], torch.tensor([m]))
+            return _Sample(estimate(policy, x, levels[m], rows.cond).x0, x[:, None], torch.tensor([m]))
         if self.truncation == "low_variance":
             x0 = rollout(policy, rows.kernel, rows.cond, levels, noise, grad=never).x0
             fresh = seeded(policy, rows, stream=1)
             x = torch.stack([diffuse(x0, fresh(j), levels[last]) for j in range(self.copies)]).to(x0.dtype)
             cond = rows.cond[torch.arange(len(rows)).repeat(self.copies).to(policy.device)]
-            x0 = estimate(policy, x.flatten(0, 1), levels[last], cond)
+            x0 = estimate(policy, x.flatten(0, 1), levels[last], cond).x0
             return _Sample(x0, x.transpose(0, 1), torch.full((self.copies,), last))
         how = {"grad": lambda i, steps: kept[i], "record": "path" if self.kl_weight else "final"}
         run = rollout(policy, rows.kernel, rows.cond, levels, noise, **how)
@@ -214,19 +215,6 @@ class Backprop(Objective):
         kl = reduced(law(policy, unfolded).kl(reference), x, self.reduction).reshape(count, -1)
         return kl.mean(1) if self.truncation == "low_variance" else kl.sum(1)
 
-    def _without(self, policy: Policy, batch: Batch, fine: Tensor) -> tuple[Tensor, Metrics]:
-        """The loss when the samples of some rows are not finite: without them, but still a mean over all rows."""
-        rows = fine.nonzero().flatten()
-        share = len(rows) / len(batch)
-        if not len(rows):
-            names = ("reward", "k", *(["kl"] if self.kl_weight else []))
-            return nothing(policy), {
-                **dict.fromkeys(names, torch.tensor(torch.nan)),
-                "reward_failed": torch.tensor(1.0),
-            }
-        loss, metrics = self.loss(policy, batch[rows])
-        return loss * share, {**metrics, "reward_failed": 1 - share * (1 - metrics["reward_failed"])}
-
 
 def check_reward(objective: Objective, policy: Policy) -> None:
     """Raises unless the objective has a reward that judges what the policy makes, with a gradient."""
@@ -250,12 +238,12 @@ def seeded(policy: Policy, rows: Starts, stream: int = 0) -> SeededNoise:
     return SeededNoise(rows.seeds.tolist(), rows.shape, device=policy.device, dtype=dtype, stream=stream)
 
 
-def estimate(policy: Policy, x: Tensor, at: Levels, cond: Cond) -> Tensor:
-    """(B, …) the clean estimate with its graph, recomputed in the backward pass if the policy checkpoints steps."""
+def estimate(policy: Policy, x: Tensor, at: Levels, cond: Cond) -> Clean:
+    """The clean estimate with its graph, recomputed in the backward pass if the policy checkpoints steps."""
     if policy.checkpointing == "step":
         how = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(policy.denoise, x, at, cond, **how).x0  # pyright: ignore
-    return policy.denoise(x, at, cond).x0
+        return checkpoint(policy.denoise, x, at, cond, **how)  # pyright: ignore
+    return policy.denoise(x, at, cond)
 
 
 def sound(x0: Tensor) -> Tensor:
@@ -280,7 +268,26 @@ def watched(reward: Tensor, ok: Tensor) -> dict[str, Tensor]:
     return {"reward": torch.where(ok, reward, torch.nan).nanmean(), "reward_failed": failed}
 
 
-def nothing(policy: Policy) -> Tensor:
+def leaving_out(
+    objective: Objective, policy: Policy, batch: Batch, fine: Tensor, names: Sequence[str]
+) -> tuple[Tensor, Metrics]:
+    """The loss of a batch some of whose samples are not finite: without them, but still a mean over all rows.
+
+    Args:
+        fine: (B,) which rows to keep.
+        names: what the objective watches besides "reward_failed".
+    """
+    rows = fine.nonzero().flatten()
+    share = len(rows) / len(batch)
+    if not len(rows):
+        zero = _zero(policy)
+        unknown = torch.full_like(zero.detach(), torch.nan)
+        return zero, {**dict.fromkeys(names, unknown), "reward_failed": torch.ones_like(unknown)}
+    loss, metrics = objective.loss(policy, batch[rows])
+    return loss * share, {**metrics, "reward_failed": 1 - share * (1 - metrics["reward_failed"])}
+
+
+def _zero(policy: Policy) -> Tensor:
     """A loss of 0 whose gradient is 0."""
     return sum((0 * p.sum() for p in policy.trainable.values()), start=torch.zeros((), device=policy.device))
 
