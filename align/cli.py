@@ -24,6 +24,7 @@ from .description import describe
 from .parsing import COMPONENTS, Parser, build_parser, concrete, train_parser
 from .prompts import read_prompts
 from .results import Steered, prepare_folder
+from .world import World
 
 __all__ = ["main"]
 
@@ -85,6 +86,10 @@ def _steer(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     if options.particles < 1:
         raise ValueError(f"particles must be ≥ 1; got {options.particles}")
     prompts = read_prompts(options.get("prompts", []))
+    world = World(cpu=options.device == "cpu")
+    if not world.first:  # the first process writes what all found
+        _sampled(parser, parsed, options, prompts)
+        return 0
     out = prepare_folder(options.out, options.overwrite)
     try:
         result = _sampled(parser, parsed, options, prompts)

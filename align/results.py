@@ -17,7 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-__all__ = ["Sample", "Steered", "prepare_folder", "to_pil", "versions"]
+from .pictures import resized, to_pil
+
+__all__ = ["Sample", "Steered", "finite", "prepare_folder", "to_pil", "versions"]
 
 PLAIN, STEERED = "plain", "steered"
 MOST_PROMPTS_IN_GRID, MOST_COLUMNS_IN_GRID = 16, 16
@@ -92,7 +94,7 @@ class Steered:
             rows.append({**row, "image": self._file(i)})
         result = {"config": self.config, "versions": versions(), "samples": rows, "groups": self.groups}
         result |= {"ledger": self.ledger, "failures": self.failures, "stopped": self.stopped}
-        return _finite(result)
+        return finite(result)
 
     def _file(self, i: int) -> str:
         return f"images/{i:05d}-{self.samples[i].arm}-{self.samples[i].seed}.png"
@@ -107,7 +109,7 @@ class Steered:
             info = PngInfo()
             for key in ("prompt", "seed", "arm", "weight"):
                 info.add_text(key, str(getattr(sample, key)))
-            info.add_text("scores", json.dumps(_finite(sample.scores)))
+            info.add_text("scores", json.dumps(finite(sample.scores)))
             to_pil(sample.pixels).save(fresh / Path(self._file(i)).name, pnginfo=info)
         partial = folder / "result.json.partial"
         with partial.open("w") as file:
@@ -156,21 +158,15 @@ def _paste(
     canvas: Image.Image, draw: ImageDraw.ImageDraw, font: Any, sample: Sample, corner: tuple[int, int], tile: int
 ) -> None:
     """One sample with its scores; the one to take has a frame."""
-    (x, y), image = corner, to_pil(sample.pixels)
-    high = round(tile * image.height / image.width)
-    resample = Image.Resampling.NEAREST if tile % image.width == 0 else Image.Resampling.LANCZOS
-    canvas.paste(image.resize((tile, high), resample), corner)
+    (x, y), image = corner, resized(to_pil(sample.pixels), tile)
+    high = image.height
+    canvas.paste(image, corner)
     if sample.best and sample.arm == STEERED:
         draw.rectangle((x - 2, y - 2, x + tile + 1, y + high + 1), outline="#2a7d2a", width=2)
     for j, (name, value) in enumerate(sample.scores.items()):
         shown = "–" if value is None else f"{value:.2f}"
         ink = ("#1f7a1f" if value else "#b3261e") if name == "gold" else "#333333"
         draw.text((x, y + high + 3 + 13 * j), f"{name[:10]} {shown}", ink, font)
-
-
-def to_pil(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to an 8-bit image."""
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def versions() -> dict[str, str]:
@@ -207,12 +203,12 @@ def prepare_folder(
     return folder
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

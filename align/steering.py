@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from samplers.steering import FREE
 from .description import describe
 from .panel import gold_of, panel_of
 from .results import PLAIN, STEERED, Sample, Steered
+from .world import World
 
 __all__ = ["row_seed", "steer"]
 
@@ -97,9 +99,12 @@ def steer(
     }
     result = Steered([], [], {}, config)
     per_chunk = max(1, batch // particles)
+    world = World(cpu=policy.device.type == "cpu")
     arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
-    with _bar(progress, len(prompts), per_chunk, levels.steps, arms, watch) as tick:
-        run.all(result, prompts, arms, per_chunk, tick)
+    with _bar(progress and world.first, len(prompts), per_chunk * world.size, levels.steps, arms, watch) as tick:
+        run.all(result, prompts, arms, per_chunk, tick, world)
+    if world.size > 1:
+        run.merge(result, per_chunk, world)
     spent = {arm: run.ledgers[arm] for arm, _ in arms}
     result.ledger = {
         **sum(spent.values(), Ledger()).as_dict(),
@@ -115,6 +120,7 @@ class _Run:
         self.policy, self.kernel, self.levels, self.shape, self.guidance = policy, kernel, levels, shape, guidance
         self.steering, self.particles, self.seed, self.panel = steering, particles, seed, panel
         self.ledgers = {PLAIN: Ledger(), STEERED: Ledger()}
+        self.groups: dict[int, dict[str, Any]] = {}
 
     def check(self, prompt: Prompt) -> None:
         """Raises now what the steered arm would raise only after the plain arm has run."""
@@ -126,10 +132,10 @@ class _Run:
             if reward.modality != self.policy.modality:
                 raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {self.policy.modality}")
 
-    def all(self, result: Steered, prompts: list[Prompt], arms: list, per_chunk: int, tick) -> None:
-        """Every chunk of prompts in every arm; what is finished when something goes wrong is kept."""
+    def all(self, result: Steered, prompts: list[Prompt], arms: list, per_chunk: int, tick, world: World) -> None:
+        """Every chunk of prompts in every arm, dealt out to processes; what is finished when something goes wrong is kept."""
         try:
-            for first in range(0, len(prompts), per_chunk):
+            for first in range(world.rank * per_chunk, len(prompts), world.size * per_chunk):
                 for arm, how in arms:
                     self.add(result, prompts[first : first + per_chunk], first, arm, how, tick)
         except (KeyboardInterrupt, Exception) as stop:
@@ -141,6 +147,20 @@ class _Run:
             what = "interrupted" if result.interrupted else f"{type(stop).__name__}: {stop}"
             result.stopped = str(stop) if isinstance(stop, Interrupted) else what
             logger.warning("%s", result.stopped)
+
+    def merge(self, result: Steered, per_chunk: int, world: World) -> None:
+        """Makes the result of all processes out of this one's: in the order in which a single process finds it."""
+        parts = world.objects(
+            [(result.samples, self.groups, result.failures, self.ledgers, result.stopped, result.interrupted)]
+        )
+        samples = [s for part in parts for s in part[0]]
+        result.samples = sorted(samples, key=lambda s: (s.group // per_chunk, s.arm == STEERED))
+        groups = {index: group for part in parts for index, group in part[1].items()}
+        self.groups, result.groups = groups, [groups[index] for index in sorted(groups)]
+        result.failures = dict(sum((Counter(part[2]) for part in parts), Counter()))
+        self.ledgers = {arm: sum((part[3][arm] for part in parts), Ledger()) for arm in self.ledgers}
+        result.stopped = next((part[4] for part in parts if part[4] is not None), None)
+        result.interrupted = any(part[5] for part in parts)
 
     def seeds(self, prompts: int, first: int) -> list[int]:
         return [row_seed(self.seed, first + p, k) for p in range(prompts) for k in range(self.particles)]
@@ -182,7 +202,9 @@ class _Run:
         ]
         self.ledgers[arm] = self.ledgers[arm] + trajectory.ledger
         if arm == STEERED:
-            result.groups += [self._group(trajectory, p, prompt) for p, prompt in enumerate(prompts)]
+            made = {first + p: self._group(trajectory, p, prompt) for p, prompt in enumerate(prompts)}
+            self.groups |= made
+            result.groups += made.values()
 
     def _best(self, scores: dict[str, list], trajectory: Trajectory, arm: str) -> list[int]:
         """Which particle of each prompt a user would take: the highest reward of the steering, else of the first of the panel."""

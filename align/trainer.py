@@ -108,7 +108,8 @@ class Trainer:
             remedy = f"choose another out, or continue the run it holds: kilter train --resume {out}"
             out = str(prepare_folder(out, resumed, remedy))
         self.out = Path(self.world.objects([out])[0] or "")
-        self.report = Report(self.out, config.tracker, self.description) if self.world.first else None
+        known = {"judge": self.judge, "optimised": self.optimised}
+        self.report = Report(self.out, config.tracker, self.description, **known) if self.world.first else None
         self.unsaved = False
 
     # Setting up
@@ -380,7 +381,7 @@ class Trainer:
         if self.world.rank < len(shards):
             checkpoints.restore_generators(shards[self.world.rank]["generators"])
         if self.report:
-            self.report.rewind(self.log)
+            self.report.rewind(self.log, self.evaluations)
 
     def _finish(self) -> TrainResult:
         if self.report is not None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ class World:
     """
 
     def __init__(self, cpu: bool = False) -> None:
-        from accelerate import PartialState
+        self.rank, self.size = 0, 1
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
 
-        self.state = PartialState(cpu=cpu)
-        self.rank, self.size = self.state.process_index, self.state.num_processes
-        self.device: torch.device = self.state.device
+            self.state = PartialState(cpu=cpu)
+            self.rank, self.size = self.state.process_index, self.state.num_processes
+            self.device: torch.device = self.state.device
 
     @property
     def first(self) -> bool:
@@ -39,7 +42,9 @@ class World:
             ValueError: they cannot be divided evenly.
         """
         if count % self.size:
-            raise ValueError(f"{count} cannot be divided evenly among {self.size} processes: choose a multiple of {self.size}")
+            raise ValueError(
+                f"{count} cannot be divided evenly among {self.size} processes: choose a multiple of {self.size}"
+            )
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 

@@ -169,7 +169,11 @@ class Pairwise(Objective):
                 return values[:, :, None] - values[:, None, :]
             return (values.gather(1, best) - values.gather(1, worst)).squeeze(1)
 
-        h = self._refined(apart(score), lambda name: apart(batch.column(name).to(score).reshape(-1, members)))
+        def told(name: str) -> Tensor:
+            """Differences of a column; what it says of members that were not judged is not read."""
+            return apart(batch.column(name).to(score).reshape(-1, members).masked_fill(quality.isnan(), 0.0))
+
+        h = self._refined(apart(score), told)
         each = compared(self.kind, h, beta, self.label_smoothing)
         if members > 2:
             weights = lambda_weights(score.detach(), quality)

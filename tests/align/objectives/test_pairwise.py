@@ -111,8 +111,19 @@ def test_at_the_reference(kind):
     torch.testing.assert_close(gradient(policy, loss), gradient(policy, expected), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "hinge"}, {"kind": "ipo"}, {"label_smoothing": 0.1}, {"sft": 0.5},
-                                     {"clamp": 0.1}, {"margin_weight": 0.5}, {"dynamic": (0.5, 0.5)}], ids=str)  # fmt: skip
+OPTIONS = (
+    {},
+    {"kind": "hinge"},
+    {"kind": "ipo"},
+    {"label_smoothing": 0.1},
+    {"sft": 0.5},
+    {"clamp": 0.1},
+    {"margin_weight": 0.5},
+    {"dynamic": (0.5, 0.5)},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_swapping_a_pair_and_its_label_changes_nothing(kind, options):
     policy = trainable(0.3, **FLOW)
@@ -382,8 +393,9 @@ def test_lists_leave_out_what_was_not_judged():
     assert (weight > 0).nonzero().tolist() == [[0, 2]]
     policy = trainable(0.3, **FLOW)
     batch = batch_of("noised", policy, 2, 3)
-    batch = batch.having(quality=torch.tensor([1, torch.nan, 0, 0.5, 0, 1], dtype=F64))
-    loss, metrics = Pairwise(beta=1.0, sft=0.5).loss(policy, batch)
+    psi = torch.tensor([1, torch.nan, 0, 0.5, 0, 1], dtype=F64)
+    batch = batch.having(quality=psi, reward=3 * psi, margin=psi)
+    loss, metrics = Pairwise(beta=1.0, sft=0.5, dynamic=(0.5, 0.5), margin_weight=0.5).loss(policy, batch)
     assert bool(loss.isfinite()) and bool(gradient(policy, loss).isfinite().all())
     assert float(metrics["winner_error"]) == pytest.approx(float(errors(policy, batch.rows)[[0, 5]].mean().detach()))
     assert float(metrics["loser_error"]) == pytest.approx(float(errors(policy, batch.rows)[[2, 4]].mean().detach()))

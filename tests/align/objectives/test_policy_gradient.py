@@ -1,4 +1,4 @@
-"""Laws of policy gradients: the first pass is REINFORCE, clipping by hand, the divergence, and dE[r]/dθ in closed form."""
+"""Laws of policy gradients: the first pass is REINFORCE, clipping by hand, the divergence, dE[r]/dθ in closed form."""
 
 from __future__ import annotations
 

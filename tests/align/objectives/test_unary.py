@@ -1,4 +1,4 @@
-"""Laws of losses on single labels: the start, the baseline, the utilities one by one, and the paper's two-dimensional toy."""
+"""Laws of losses on single labels: the start, the baseline, the utilities one by one, and the paper's plane toy."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_large_errors_stay_finite():
 
 
 def test_the_papers_toy():
-    """From N((.5, .8), .04), four good N((.3, .8), .01) to one bad N((.3, .6), .01): toward the first, off the second."""
+    """From N((.5, .8), .04), four good N((.3, .8), .01) to one bad N((.3, .6), .01): to the first, off the second."""
     policy = trainable(0.0, torch.tensor([[0.5, 0.8]], dtype=F64), stds=[0.2])
     optimiser = torch.optim.SGD([policy.network.means], lr=0.02)
     for update in range(150):
