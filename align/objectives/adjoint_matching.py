@@ -83,11 +83,11 @@ class AdjointMatching(Objective):
         for some in torch.arange(len(batch)).split(self.rows):
             part = batch[some]
             assert isinstance(part.rows, Paths)
-            x = part.rows.latents[:, -1].detach().requires_grad_()
+            x = at_least_float32(part.rows.latents[:, -1]).detach().requires_grad_()
             with torch.enable_grad():
                 reward, given = judged(self.reward, policy.decode(x), part.prompts)
-                (gradient,) = torch.autograd.grad(reward.sum(), x)
-            parts.append(lean_adjoint(policy, self._conditioned(part.rows), -self.scale * at_least_float32(gradient)))
+                (last,) = torch.autograd.grad(-self.scale * reward.sum(), x)
+            parts.append(lean_adjoint(policy, self._conditioned(part.rows), last))
             ok.append(given & parts[-1].flatten(1).isfinite().all(1))
         keep = torch.cat(ok).cpu()
         if "keep" in batch.columns:

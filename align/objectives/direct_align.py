@@ -46,7 +46,7 @@ class DirectAlign(Objective):
     """Differentiates a semantic-relative reward through one step from a noised sample (SRPO).
 
     Args:
-        positive, negative: words put before the prompt: towards the first, away from the second.
+        positive, negative: words put before the prompt: towards the first, away from the second. The defaults are examples.
         branch: steps towards less noise, more noise, or the mean of both losses.
         low, high: the range of levels in [0, 1], 0 almost clean and 1 almost noise.
         gap: the length of the step.
