@@ -131,6 +131,7 @@ class Report:
         self.first: Evaluation | None = None
         self.latest: Mapping[str, float] = {}
         self.bar: Any = None
+        self.shown: Mapping[str, float] = {}
         self._lines: dict[str, list[str]] = {LOG: [], EVALUATIONS: []}
         self._behind: set[str] = set()
 
@@ -148,6 +149,7 @@ class Report:
             self.tracker.log({f"train/{k}": v for k, v in row.items() if k != "update"}, update)
         if self.bar is None:
             self.bar = _bar(update - 1, updates)
+        self.shown = row
         self.bar.set_postfix_str(self._postfix(row), refresh=False)
         self.bar.update(update - self.bar.n)
 
@@ -158,6 +160,8 @@ class Report:
         self.latest = evaluation.means()
         told = self._told(evaluation, evaluator.samples)
         self._say(f"update {update}: {told}")
+        if self.bar is not None:
+            self.bar.set_postfix_str(self._postfix(self.shown))
         if self.tracker:
             self.tracker.log({f"eval/{k}": v for k, v in self.latest.items()}, update)
         if is_drawable(evaluation.media):
