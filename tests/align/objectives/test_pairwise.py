@@ -344,6 +344,12 @@ def test_lipo_by_hand():
     assert float((weight * compared("logistic", gaps, 1.0)).sum()) == pytest.approx(0.498739, abs=1e-6)
 
 
+def test_tied_scores_rank_the_worse_member_first():
+    weight = lambda_weights(torch.zeros(1, 3, dtype=F64), PSI)[0]
+    torch.testing.assert_close(weight, lambda_weights(-PSI, PSI)[0])
+    assert float(weight[0, 1]) == pytest.approx((2 - 2**0.5) * (1 / math.log(3) - 1 / math.log(4)))  # ranks 3 and 2
+
+
 def test_lipo_on_pairs_is_a_constant_times_dpo():
     score, psi = normal(20, 2), torch.tensor([[1.0, 0.0]], dtype=F64).expand(20, 2)
     weight = lambda_weights(score, psi)
