@@ -6,7 +6,7 @@ The format is JSON lines, UTF-8, one object a line, beside the files it names. P
                      "winner": 0             an index, or null or "tie" for a tie; says nothing about the order of the others
                      "ranking": [2, [0, 1]]  indices, best first, inner lists for ties
                      "scores": [3.5, 4, 1]   numbers, higher is better, equal is a tie}
-                 optional "seeds": [ints], "margin": number (pairs only)
+                 optional "seeds": [ints], "margin": what each is worth by other criteria, or by how much the winner of a pair leads
     likes        {"prompt": …, "image": "a.png", "label": 1 or 0}       optional "seed": int
     captions     {"prompt": …, "image": "a.png"}                        optional "seed": int
 

@@ -49,7 +49,7 @@ class Record:
         label: whether it is liked; of likes.
         annotator: who judged, or None.
         seeds: from which the media were sampled.
-        margin: how much better the winner of a pair is by other criteria, or None.
+        margin: one number a medium, what it is worth by other criteria; only differences matter.
         weight: of the row, ≥ 0.
         settings: how the media were sampled.
         line: where the row stands, counted from 1.
@@ -64,7 +64,7 @@ class Record:
     label: bool | None = None
     annotator: str | None = None
     seeds: tuple[int, ...] = ()
-    margin: float | None = None
+    margin: tuple[float, ...] = ()
     weight: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     line: int = field(default=0, compare=False)
@@ -103,9 +103,10 @@ class Record:
             if paths:
                 row |= {name[:-1]: paths[0]} if single else {name: paths}
         row |= self.answer if self.label is None else {"label": int(self.label)}
-        for name in ("annotator", "margin"):
-            if (value := getattr(self, name)) is not None:
-                row[name] = value
+        if self.annotator is not None:
+            row["annotator"] = self.annotator
+        if self.margin:
+            row["margin"] = list(self.margin)
         if self.weight != 1:
             row["weight"] = self.weight
         if self.seeds:
@@ -174,7 +175,7 @@ class _Reader:
         answer, quality, scores = self._answer(count)
         return Record(
             Prompt(text, negative), images, latents, answer, quality, scores, self._label(), self._annotator(),
-            self._seeds(count), self._number("margin", None), self._weight(), self._settings(), line,
+            self._seeds(count), self._margin(quality), self._weight(), self._settings(), line,
         )  # fmt: skip
 
     def _unknown(self, key: Any) -> str:
@@ -283,21 +284,27 @@ class _Reader:
             return ()
         return tuple(seeds)
 
-    def _number(self, name: str, default: float | None) -> Any:
-        value = self.row.get(name, default)
-        if value is not None and not _is_number(value):
-            self.reasons.append(f"{name} must be a finite number; got {value!r}")
-            return default
-        if name == "margin" and value is not None and len(self.row.get("images") or self.row.get("latents") or ()) != 2:
-            self.reasons.append("margin compares two media; this row has more")
-        return value if value is None else float(value)
+    def _margin(self, quality: tuple[float, ...]) -> tuple[float, ...]:
+        margin = self.row.get("margin")
+        if margin is None or not quality:
+            return ()
+        values = margin if _is_list(margin) else [margin]
+        if not all(_is_number(v) for v in values) or (_is_list(margin) and len(values) != len(quality)):
+            self.reasons.append(
+                f"margin must be a finite number, or {len(quality)} of them, one a medium; got {_short(margin)}"
+            )
+        elif not _is_list(margin) and (len(quality) != 2 or quality[0] == quality[1]):
+            self.reasons.append("one margin is the winner's over the loser's: in lists and ties give one a medium")
+        elif not _is_list(margin):
+            values = [margin if q == max(quality) else 0 for q in quality]
+        return tuple(float(v) for v in values if _is_number(v))
 
     def _weight(self) -> float:
-        weight = self._number("weight", 1.0)
-        if weight is None or weight < 0:
+        weight = self.row.get("weight", 1.0)
+        if not _is_number(weight) or weight < 0:
             self.reasons.append(f"weight must be a number ≥ 0; got {weight!r}")
             return 1.0
-        return weight
+        return float(weight)
 
     def _settings(self) -> Mapping[str, Any]:
         settings = self.row.get("settings", {})

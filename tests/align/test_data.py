@@ -89,7 +89,7 @@ def test_optional_keys_are_kept(folder):
     }
     (record,) = read_feedback(lines(folder, row), "preferences")
     assert (record.prompt.negative, record.annotator, record.seeds) == ("blur", "7", (1, 2))
-    assert (record.margin, record.weight, dict(record.settings), record.line) == (0.5, 2.0, {"steps": 4}, 1)
+    assert (record.margin, record.weight, dict(record.settings), record.line) == ((0.5, 0.0), 2.0, {"steps": 4}, 1)
 
 
 @pytest.mark.parametrize("label", [1, 0, True, False])
@@ -156,7 +156,9 @@ def test_line_separators_inside_a_prompt_do_not_break_lines(folder):
         ({"prompt": "a", "images": ["a.png", "b.png"], "scores": [1]}, "scores must be 2 finite numbers"),
         (GOOD | {"seeds": [1]}, '"seeds" must hold 2 whole numbers'),
         (GOOD | {"margin": "much"}, "margin must be a finite number"),
-        (GOOD | {"images": ["a.png", "b.png", "c.png"], "margin": 1}, "margin compares two media"),
+        (GOOD | {"images": ["a.png", "b.png", "c.png"], "margin": 1}, "in lists and ties give one a medium"),
+        (GOOD | {"winner": None, "margin": 1}, "in lists and ties give one a medium"),
+        (GOOD | {"margin": [1]}, "margin must be a finite number, or 2 of them"),
         (GOOD | {"weight": -1}, "weight must be a number ≥ 0"),
         (GOOD | {"annotator": ["x"]}, "annotator must be a name"),
         (GOOD | {"settings": 3}, "settings must be an object"),
@@ -430,7 +432,7 @@ def test_an_unlabelled_row_may_still_be_broken(folder):
 
 def test_written_records_are_read_back(folder):
     rows = [
-        GOOD | {"negative": "blur", "annotator": "x", "seeds": [1, 2], "margin": 0.5, "weight": 2.0},
+        GOOD | {"negative": "blur", "annotator": "x", "seeds": [1, 2], "margin": [0.5, 0.25], "weight": 2.0},
         {"prompt": "ünï", "images": ["a.png", "b.png", "c.png"], "ranking": [[1, 2], 0], "settings": {"steps": 3}},
         {"prompt": "t", "latents": ["a.safetensors", "b.safetensors"], "winner": "tie"},
         {"prompt": "s", "images": ["c.png", "d.png"], "latents": ["a.safetensors", "b.safetensors"], "scores": [1, 2]},
