@@ -295,7 +295,7 @@ class Report:
                 places = enumerate(images[:MOST_BESIDE], p * evaluator.samples)
                 rows.append([Tile(image, captions(known[update].scores, i, self._inks())) for i, image in places])
             mean = shown(known[update].means()[self.judge])
-            when = "before" if update == first else f"after {update} updates"
+            when = "before" if update == first else f"after update {update}"
             blocks.append(Block(rows, f"{when}: {self.judge} {mean}"))
         prompts = [p.text for p in evaluator.prompts][: len(blocks[0].rows)]
         told = "same prompts and seeds on both sides; means are over all evaluation prompts"
