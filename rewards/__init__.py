@@ -1,5 +1,6 @@
 """Rewards: score images, video, audio and tokens. Works alone; imports nothing of kilter's other packages."""
 
+from .aesthetic import Aesthetic
 from .base import Modality, Prompt, Reward, Scores, as_prompts
 from .clip import CLIPScore, DualEncoder, HPSv2, OpenCLIPScore, PickScore
 from .combine import Batched, Framewise, Weighted
@@ -11,6 +12,7 @@ from .simple import Brightness, Colour, JPEGSize, Sharpness, SmoothJPEGSize
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
 __all__ = [
+    "Aesthetic",
     "Batched",
     "Brightness",
     "CLIPScore",

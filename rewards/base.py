@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Configurable", "Modality", "Prompt", "Reward", "Scores", "as_prompts"]
+__all__ = ["Configurable", "Modality", "Prompt", "Reward", "Scores", "as_prompts", "expand", "loading"]
 
 Modality = Literal["image", "video", "audio", "tokens"]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -218,3 +220,27 @@ class Reward(Configurable, nn.Module, ABC):
     def freeze(self) -> Reward:
         """Switches the gradients of all weights off and eval mode on; constructors that hold a network call it last."""
         return self.requires_grad_(False).train(False)
+
+
+def expand(name: str) -> str:
+    """Resolves a leading ~; hub ids pass."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+@contextmanager
+def loading(name: str, needed: str) -> Iterator[None]:
+    """Turns whatever a loader raises into one error that says what was asked, what is there and what to do."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # json, safetensors, torch and the hub each raise their own
+        folder = Path(expand(name.removeprefix("local-dir:")))
+        if folder.is_dir():
+            found = f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+        else:
+            found = "no such folder, so it was looked up on the hub"
+        raise OSError(
+            f"cannot load {name!r}: {type(error).__name__}: {error}\n"
+            f"Needed: {needed}. Found: {found}. If a download was interrupted, delete the folder and repeat it."
+        ) from error

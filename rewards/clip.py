@@ -26,16 +26,13 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Prompt, Reward
+from .base import Prompt, Reward, expand, loading
 from .preprocess import Preprocess, Quantize, from_image_processor, from_open_clip
 
 __all__ = ["CLIPScore", "DType", "DualEncoder", "HPSv2", "OpenCLIPScore", "PickScore", "Variant"]
@@ -378,11 +375,6 @@ def pooled(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def expand(name: str) -> str:
-    """Resolves a leading ~; hub ids pass."""
-    return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
 def check_tokenizer(tokenizer: Any) -> None:
     """Refuses the empty tokenizer that transformers 5 makes up for want of its files: it reads every prompt alike.
 
@@ -391,22 +383,3 @@ def check_tokenizer(tokenizer: Any) -> None:
     """
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise OSError("the tokenizer's files are missing: it knows no words")
-
-
-@contextmanager
-def loading(name: str, needed: str) -> Iterator[None]:
-    """Turns whatever a loader raises into one error that says what was asked, what is there and what to do."""
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:  # json, safetensors, torch and the hub each raise their own
-        folder = Path(expand(name.removeprefix("local-dir:")))
-        if folder.is_dir():
-            found = f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
-        else:
-            found = "no such folder, so it was looked up on the hub"
-        raise OSError(
-            f"cannot load {name!r}: {type(error).__name__}: {error}\n"
-            f"Needed: {needed}. Found: {found}. If a download was interrupted, delete the folder and repeat it."
-        ) from error

@@ -18,3 +18,8 @@ def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_open_clip(tmp_path_factory.mktemp("open_clip"))
+
+
+@pytest.fixture(scope="session")
+def aesthetic_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_aesthetic(tmp_path_factory.mktemp("aesthetic") / "head.pth")

@@ -100,6 +100,7 @@ def shapes() -> Tensor:
 
 
 CASES: dict[str, Case] = {
+    "Aesthetic": Case(lambda r: rewards.Aesthetic(folder("clip_folder")(r), folder("aesthetic_head")(r))),
     "Batched": Case(lambda _: Batched(rewards.Brightness(), 3)),
     "Brightness": Case(lambda _: rewards.Brightness()),
     "CLIPScore": Case(lambda r: rewards.CLIPScore(folder("clip_folder")(r)), tolerance=1e-3),

@@ -107,3 +107,14 @@ def save_open_clip(folder: Path, resize_mode: str = "shortest") -> Path:
     (folder / "kilter-tiny.json").write_text(json.dumps(OPEN_CLIP))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+def save_aesthetic(file: Path, width: int = 16) -> Path:
+    """LAION's aesthetic head v2 in its published layout: the numbers left out are its dropouts."""
+    generator, weights = torch.Generator().manual_seed(3), {}
+    for layer, (read, written) in {0: (width, 24), 2: (24, 12), 4: (12, 8), 6: (8, 4), 7: (4, 1)}.items():
+        weights[f"layers.{layer}.weight"] = torch.randn(written, read, generator=generator) * (2 / read) ** 0.5
+        weights[f"layers.{layer}.bias"] = torch.randn(written, generator=generator) / 4
+    weights["layers.7.bias"] += 5  # where ratings from 1 to 10 have their middle
+    torch.save(weights, file)
+    return file
