@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["Stop", "StopRequested"]
+
+
+ECHO = 5.0  # seconds
 
 
 class StopRequested(Exception):
@@ -37,20 +41,33 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGINT and SIGTERM as requests; a second one acts as it always does. Only the main thread can listen."""
+        """Takes SIGINT and SIGTERM as requests; a second one acts as it always does. Only the main thread can listen.
+
+        With several processes the terminal and the launcher both pass a Ctrl-C on, so what follows at once is no second one.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
+        def restore() -> None:
+            for s, handler in before.items():
+                signal.signal(s, handler or signal.SIG_DFL)
+
+        first: list[float] = []
+
         def asked(number: int, frame: Any) -> None:
-            self.request("interrupted" if number == signal.SIGINT else "terminated")
-            signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+            now = time.monotonic()
+            if not first:
+                first.append(now)
+                self.request("interrupted" if number == signal.SIGINT else "terminated")
+            elif self.at_once or now - first[0] > ECHO:
+                restore()
+                signal.raise_signal(number)
 
         try:
             for s in before:
                 signal.signal(s, asked)
             yield
         finally:
-            for s, handler in before.items():
-                signal.signal(s, handler or signal.SIG_DFL)
+            restore()
