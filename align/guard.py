@@ -16,7 +16,13 @@ SURE = 2.0  # standard errors
 
 
 def held_out(optimised: str | None, panel: Sequence[str]) -> str:
-    """The name of the reward that judges the run."""
+    """The name of the reward that judges the run.
+
+    Raises:
+        ValueError: there is no reward at all.
+    """
+    if not panel:
+        raise ValueError("no reward can judge this run: name some in panel, such as panel: [CLIPScore]")
     if "gold" in panel:
         return "gold"
     others = [name for name in panel if name != optimised]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers import Policy
+from samplers import Policy, RewardFailed
+from samplers.transitions import widest
 
 from .batches import Batch
 from .config import TrainConfig
@@ -30,6 +31,9 @@ class Stepper:
 
     Args:
         policy: its trainable parameters are what is stepped.
+
+    Attributes:
+        changing: whether a step is half done; still so after an error, when the weights belong to no update.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, world: World) -> None:
@@ -39,6 +43,7 @@ class Stepper:
             self.parameters, config.learning_rate, config.betas, config.epsilon, config.weight_decay
         )
         self.scaler = torch.amp.GradScaler(policy.device.type, 1024.0, enabled=policy.dtype == torch.float16)
+        self.changing = False
 
     def step(
         self, objective: Objective, policy: Policy, batch: Batch, update: int, check: Callable[[], None]
@@ -51,6 +56,9 @@ class Stepper:
 
         Returns:
             Means over the items of all processes. "skipped" is 1 if loss or gradient was not finite and nothing was changed.
+
+        Raises:
+            RewardFailed: the loss asked a reward that could judge no item of the update; nothing has changed.
         """
         total = float(self.world.sum(torch.tensor(float(batch.items))))
         rate = self.config.learning_rate * self.config.rate(update)
@@ -65,18 +73,22 @@ class Stepper:
             share = len(part) / total
             self.scaler.scale(loss * share).backward()
             for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() * share
-        norm = self._reduced_norm()
+                sums[name] = sums.get(name, 0.0) + widest(value.detach().to(policy.device)) * share
+        norm = widest(self._reduced_norm())
         values = torch.stack([norm, *sums.values()]).tolist()  # the step's only wait for the device
         means = self._total(dict(zip(sums, values[1:], strict=True)))
+        if means.get("reward_failed", 0.0) > 1 - 1e-9:
+            raise RewardFailed(f"the reward could judge none of the {total:.0f} items of update {update + 1}")
         finite = math.isfinite(values[0]) and math.isfinite(means["loss"])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.changing = True
         if finite:
             self.scaler.step(self.optimizer)
             objective.updated(policy, update + 1)
             self._average(policy, update)
         self.scaler.update()
+        self.changing = False
         self.optimizer.zero_grad(set_to_none=True)
         return {**means, "grad_norm": values[0], "learning_rate": rate, "skipped": float(not finite), "items": total}
 
@@ -85,11 +97,10 @@ class Stepper:
         sums: dict[str, Tensor] = {}
         for part in parts:
             for name, values in objective.shared(policy, batch.take(part)).items():
-                sums[name] = sums.get(name, 0.0) + values.detach().double().sum() / total
+                sums[name] = sums.get(name, 0.0) + widest(values.detach()).sum() / total
         if self.world.size > 1:
-            device = policy.device
             means = self._total({name: float(value) for name, value in sums.items()})
-            sums = {name: torch.tensor(mean, dtype=torch.float64, device=device) for name, mean in means.items()}
+            sums = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
         return replace(batch, shared=sums)
 
     def _total(self, mine: Mapping[str, float]) -> dict[str, float]:
@@ -109,7 +120,7 @@ class Stepper:
             for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
                 p.grad = part.view_as(p)
         self.scaler.unscale_(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).double()
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
 
     def _average(self, policy: Policy, update: int) -> None:
         """The moving average of the weights, with the usual warm-up of its decay."""
