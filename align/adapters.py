@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ def add_lora(policy: Policy, lora: Lora, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if hasattr(policy.network, "add_adapter"):
-            policy.network.add_adapter(config)
+            policy.network.add_adapter(config)  # pyright: ignore
         else:
             inject_adapter_in_model(config, policy.network)
     for name, parameter in policy.network.named_parameters():
@@ -111,10 +111,22 @@ def save_adapter(policy: Policy, folder: Path, who: str = "policy") -> list[Path
 
     Returns:
         The files written.
+
+    Raises:
+        OSError: they could not be written.
     """
-    from safetensors.torch import save_file
+    from safetensors import SafetensorError
 
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _saved(policy, folder, who)
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise OSError(f"could not write the adapter to {folder}: {error}") from error
+
+
+def _saved(policy: Policy, folder: Path, who: str) -> list[Path]:
+    from safetensors.torch import save_file
+
     with policy.acting_as(who):
         if not _layers(policy) or not hasattr(policy, "pipe"):
             save_file({n: p.detach().cpu().contiguous() for n, p in policy.trainable.items()}, folder / WEIGHTS)
@@ -122,7 +134,7 @@ def save_adapter(policy: Policy, folder: Path, who: str = "policy") -> list[Path
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict
 
-        pipe = policy.pipe
+        pipe: Any = policy.pipe
         part = "unet" if getattr(pipe, "unet", None) is policy.network else "transformer"
         name = _layers(policy)[0].active_adapters[0]
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy.network, adapter_name=name))
@@ -166,7 +178,8 @@ def _layers(policy: Policy) -> list:
 
 def _metadata(policy: Policy, name: str) -> dict:
     """The adapter's config as diffusers keeps it in the file's header, so that alpha survives."""
-    kept = {k: v for k, v in policy.network.peft_config[name].to_dict().items() if v is not None}
+    adapters: Any = policy.network.peft_config
+    kept = {k: v for k, v in adapters[name].to_dict().items() if v is not None}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
 
 

@@ -177,6 +177,12 @@ class Batch:
         """With further columns."""
         return replace(self, columns={**self.columns, **columns})
 
+    def kept(self) -> Batch:
+        """The items whose rows may all be trained on."""
+        if "keep" not in self.columns:
+            return self
+        return self.take(self.columns["keep"].reshape(-1, self.members).all(1).nonzero().flatten().cpu())
+
     def steps(self, chosen: Tensor) -> Batch:
         """Unfolds `Paths` into `Steps`: for every item its chosen steps, each with all its members.
 
@@ -216,10 +222,20 @@ class Batch:
         }
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], kernel: Kernel, levels: Levels, shape: tuple[int, ...]) -> Batch:
-        """The batch of `state()`, sampled as the run samples."""
+    def restored(
+        cls,
+        state: Mapping[str, Any],
+        kernel: Kernel,
+        levels: Levels,
+        shape: tuple[int, ...],
+        device: torch.device | str = "cpu",
+    ) -> Batch:
+        """The batch of `state()`, sampled as the run samples; latents and conditions on `device`, all else stays."""
         kinds = {"Starts": Starts, "Paths": Paths, "Steps": Steps, "Noised": Noised}
-        fields = {**state["rows"], "cond": Cond(**state["cond"])}
+        positive, negative, guidance = (state["cond"][name] for name in ("positive", "negative", "guidance"))
+        cond = Cond(_moved(positive, device), negative and _moved(negative, device), guidance)
+        latents = {n: v for n, v in state["rows"].items() if n in ("latents", "x", "following", "x0", "eps")}
+        fields = {**state["rows"], **_moved(latents, device), "cond": cond}
         if "at" in fields:
             fields["at"] = Levels(**fields["at"])
         else:
@@ -241,7 +257,9 @@ def concat(batches: Sequence[Batch]) -> Batch:
         elif isinstance(value, Cond):
             fields[name] = _cat_cond([r[name] for r in rows])
         elif name == "at":
-            fields[name] = Levels(*(torch.cat([getattr(r[name], part) for r in rows]) for part in ("t", "alpha", "sigma")))
+            fields[name] = Levels(
+                *(torch.cat([getattr(r[name], part) for r in rows]) for part in ("t", "alpha", "sigma"))
+            )
         else:
             fields[name] = value
     columns = {name: torch.cat([b.columns[name] for b in batches]) for name in first.columns}
@@ -255,6 +273,10 @@ def _cat_cond(conds: Sequence[Cond]) -> Cond:
     if conds[0].negative is not None:
         negative = {name: torch.cat([c.negative[name] for c in conds if c.negative]) for name in conds[0].negative}
     return Cond(positive, negative, conds[0].guidance)
+
+
+def _moved(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in tensors.items()}
 
 
 def _device(cond: Cond) -> torch.device:

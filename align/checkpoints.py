@@ -13,22 +13,26 @@ Tensors, numbers and strings only, so loading runs no code.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 
+from .results import PROBE
 from .world import World
 
-__all__ = ["generators", "latest", "read", "restore_generators", "write"]
+__all__ = ["complete", "generators", "latest", "never_saved", "read", "remove", "restore_generators", "write"]
 
-STATE, CONFIG = "state.pt", "config.json"
+STATE, CONFIG, CHECKPOINTS = "state.pt", "config.json", "checkpoints"
 PARTIAL = ".partial-"
 
 
@@ -37,7 +41,7 @@ def write(
     config: Mapping[str, Any],
     state: Mapping[str, Any],
     mine: Mapping[str, Any],
-    extra: Callable[[Path], object],
+    extra: Callable[[Path], Sequence[Path]],
     world: World,
 ) -> None:
     """Writes a checkpoint; an older one of the same name is replaced only once the new one is complete.
@@ -45,45 +49,62 @@ def write(
     Args:
         state: the same in every process.
         mine: of this process.
-        extra: writes further files into the folder it is given.
+        extra: writes further files into the folder it is given, and returns them.
 
     Raises:
         OSError: it could not be written in some process; nothing is left behind, and older checkpoints are untouched.
     """
     partial = folder.parent / f"{PARTIAL}{folder.name}"
-    error: Exception | None = None
-    try:
+
+    def begin() -> None:
         if world.first:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             partial.mkdir(parents=True)
-    except OSError as e:
-        error = e
-    world.wait()
-    try:
-        if error is None:
-            torch.save(dict(mine), partial / f"rank-{world.rank:05d}.pt")
-            if world.first:
-                torch.save(dict(state), partial / STATE)
-                extra(partial)
-                (partial / CONFIG).write_text(json.dumps(config, indent=1))
-            for file in partial.iterdir():
-                flush(file)
-    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
-        error = e
-    if world.any(error is not None):
+
+    def fill() -> None:
+        files = [partial / f"rank-{world.rank:05d}.pt"]
+        torch.save(dict(mine), files[0])
         if world.first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"could not write checkpoint {folder}: {error or 'another process failed'}") from error
-    if world.first:
-        flush(partial)
-        old = folder.parent / f"{PARTIAL}old-{folder.name}"
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    world.wait()
+            files += [partial / STATE, partial / CONFIG, *extra(partial)]
+            torch.save(dict(state), partial / STATE)
+            (partial / CONFIG).write_text(json.dumps(config, indent=1))
+        for file in files:
+            flush(file)
+
+    def finish() -> None:
+        if world.first:
+            flush(partial)
+            old = folder.parent / f"{PARTIAL}old-{folder.name}"
+            if folder.exists():
+                _remove(old)
+                folder.rename(old)
+            partial.rename(folder)
+            flush(folder.parent)
+            _remove(old)
+
+    for part in (begin, fill, finish):
+        error: Exception | None = None
+        try:
+            part()
+        except Exception as e:  # a full disk is a RuntimeError to torch's writer
+            error = e
+        if world.any(error is not None):  # all processes go on, or none
+            if world.first:
+                _remove(partial)
+            raise OSError(f"could not write checkpoint {folder}: {error or 'another process failed'}") from error
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint; cut off in the middle, it leaves none that looks whole."""
+    gone = folder.parent / f"{PARTIAL}{folder.name}"
+    _remove(gone)
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+    _remove(gone)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -95,6 +116,28 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def complete(run: Path) -> list[Path]:
+    """The complete checkpoints of a run's folder, oldest first."""
+    found = [p for p in (run / CHECKPOINTS).glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def never_saved(run: Path) -> bool:
+    """Whether a folder holds nothing but a run that was cut off before its first checkpoint."""
+    if not (run / CHECKPOINTS).is_dir():
+        return run.is_dir() and {p.name for p in run.iterdir()} == {PROBE}
+    return not complete(run)
+
+
+def tidy(run: Path, update: int) -> None:
+    """Removes what was cut off while it was written, and checkpoints after an update one goes back to."""
+    for folder in (*run.glob(f"{PARTIAL}*"), *(run / CHECKPOINTS).glob(f"{PARTIAL}*")):
+        _remove(folder)
+    for later in complete(run):
+        if int(later.name) > update:
+            remove(later)
+
+
 def latest(folder: Path) -> Path:
     """The newest complete checkpoint of a run, or the folder itself if it is one.
 
@@ -103,12 +146,10 @@ def latest(folder: Path) -> Path:
     """
     if (folder / STATE).is_file():
         return folder
-    found = sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if (p / STATE).is_file())
-    if not found:
-        raise FileNotFoundError(
-            f"{folder} holds no checkpoint to resume from: expected {folder}/checkpoints/<update>/{STATE}"
-        )
-    return found[-1]
+    if found := complete(folder):
+        return found[-1]
+    what = "was cut off before it first saved: start it again" if never_saved(folder) else "holds no run to resume"
+    raise FileNotFoundError(f"{folder} {what}; expected {folder / CHECKPOINTS}/<update>/{STATE}")
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -120,8 +161,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, A
     try:
         config = json.loads((folder / CONFIG).read_text())
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        shards = [torch.load(p, map_location="cpu", weights_only=True) for p in sorted(folder.glob("rank-*.pt"))]
-    except (OSError, RuntimeError, json.JSONDecodeError, EOFError) as error:
+        ranks = [folder / f"rank-{rank:05d}.pt" for rank in range(config["processes"])]
+        shards = [torch.load(path, map_location="cpu", weights_only=True) for path in ranks]
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read ({error}): resume from an older one") from error
     return config, state, shards
 
@@ -144,8 +186,6 @@ def generators() -> dict[str, Any]:
 
 def restore_generators(state: Mapping[str, Any]) -> None:
     """Puts `generators()` back."""
-    import ast
-
     torch.set_rng_state(state["torch"])
     random.setstate(ast.literal_eval(state["python"]))
     n = state["numpy"]

@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["build", "describe", "differences"]
+from samplers import Policy
+
+from .loading import load_policy
+
+__all__ = ["build", "build_policy", "describe", "describe_policy", "differences"]
 
 
 def describe(component: Any) -> Any:
@@ -63,3 +67,19 @@ def differences(recorded: Any, asked: Any, at: str = "") -> list[str]:
         keys = dict.fromkeys([*recorded, *asked])
         return [d for k in keys for d in differences(recorded.get(k), asked.get(k), f"{at}.{k}".lstrip("."))]
     return [] if recorded == asked else [f"{at.replace('.init_args', '')}: {recorded!r} → {asked!r}"]
+
+
+def describe_policy(policy: Policy) -> dict[str, Any]:
+    """How to make the policy again: from where it was loaded, or by its constructor."""
+    if policy.source:
+        dtype = str(policy.dtype).replace("torch.", "")
+        return {"model": policy.source, "adapter": policy.adapter or None, "dtype": dtype, "device": policy.device.type}
+    return describe(policy)
+
+
+def build_policy(description: Mapping[str, Any]) -> Policy:
+    """The policy that `describe_policy` described, on this process's own device of the same kind."""
+    if "model" not in description:
+        return build(description)
+    device = None if description["device"] == "cuda" else description["device"]
+    return load_policy(description["model"], lora=description["adapter"], dtype=description["dtype"], device=device)

@@ -21,10 +21,13 @@ from samplers.noise import mix
 
 from .batches import Batch, Paths
 from .evidence import law
+from .prompts import read_prompts, world_prompts
 from .sampling import Sampling
 from .world import World
 
-__all__ = ["Evaluation", "Evaluator", "paired_gain"]
+__all__ = ["Evaluation", "Evaluator", "judged_prompts", "paired_gain"]
+
+MOST = 32  # prompts, where none are given to evaluate on
 
 
 @dataclass
@@ -116,6 +119,20 @@ class Evaluator:
             with policy.acting_as("reference"):
                 base = law(policy, rows)  # pyright: ignore
         return (mine.kl(base) * len(noisy)).float().cpu()
+
+
+def judged_prompts(given: Sequence[str], world: str, own: Sequence[Prompt]) -> list[Prompt]:
+    """Those given, else the held-out ones of the model's world, else a source's own, evenly thinned.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if given:
+        return read_prompts(given)
+    distinct = list({p.text: p for p in world_prompts(world, "heldout") or own}.values())
+    if not distinct:
+        raise ValueError("there is nothing to evaluate on: set eval_prompts")
+    return distinct[:: max(1, len(distinct) // MOST)][:MOST]
 
 
 def diversity(media: Tensor, samples: int) -> float:

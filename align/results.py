@@ -21,6 +21,7 @@ from .pictures import resized, to_pil
 
 __all__ = ["Sample", "Steered", "finite", "prepare_folder", "to_pil", "versions"]
 
+PROBE = ".kilter"
 PLAIN, STEERED = "plain", "steered"
 MOST_PROMPTS_IN_GRID, MOST_COLUMNS_IN_GRID = 16, 16
 
@@ -195,7 +196,7 @@ def prepare_folder(
         raise FileExistsError(f"{folder} is not empty: {remedy}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".kilter"
+        probe = folder / PROBE
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards import Prompt
 from samplers import Ledger, Policy
 from samplers.noise import mix
 
@@ -30,13 +29,11 @@ from . import checkpoints
 from .adapters import digest, named_tensors, prepare_trainable, save_adapter
 from .batches import Batch, concat
 from .config import FREE_TO_CHANGE, TrainConfig
-from .description import build, describe, differences
-from .evaluation import Evaluation, Evaluator
+from .description import build, build_policy, describe, describe_policy, differences
+from .evaluation import Evaluation, Evaluator, judged_prompts
 from .guard import best, hacked, held_out
-from .loading import load_policy
 from .objectives.base import Objective
 from .panel import gold_of, panel_of
-from .prompts import read_prompts, world_prompts
 from .reports import Report, TrainResult
 from .results import prepare_folder, versions
 from .sampling import Sampling
@@ -48,7 +45,6 @@ from .world import World
 __all__ = ["Trainer"]
 
 logger = logging.getLogger("kilter")
-EVALUATED = 32  # prompts of the source, where none are given to evaluate on
 
 
 class Trainer:
@@ -84,7 +80,7 @@ class Trainer:
         self._check()
         prepare_trainable(policy, config.lora, mix(config.seed, 0))
         self.stepper = Stepper(policy, config, self.world)
-        prompts = self._judged_prompts()
+        prompts = judged_prompts(config.eval_prompts, policy.world, source.prompts_for_evaluation())
         self.evaluator = Evaluator(
             prompts, config.eval_samples, panel_of([reward, *config.panel], gold_of(policy, prompts)), self.sampling,
             mix(config.seed, 5),
@@ -92,7 +88,7 @@ class Trainer:
         self.optimised = next((n for n, r in self.evaluator.panel.items() if r is reward), None)
         self.judge = held_out(self.optimised, list(self.evaluator.panel))
         self.description = {
-            "policy": _described(policy),
+            "policy": describe_policy(policy),
             "objective": describe(objective),
             "source": describe(source),
             "reward": describe(reward),
@@ -103,16 +99,31 @@ class Trainer:
         self.log: list[dict[str, float]] = []
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.stopped: str | None = None
-        out = config.out
-        if self.world.first:
-            remedy = f"choose another out, or continue the run it holds: kilter train --resume {out}"
-            out = str(prepare_folder(out, resumed, remedy))
-        self.out = Path(self.world.objects([out])[0] or "")
+        self.out = self._folder(resumed)
         known = {"judge": self.judge, "optimised": self.optimised}
         self.report = Report(self.out, config.tracker, self.description, **known) if self.world.first else None
         self.unsaved = False
+        if self.report and not resumed:
+            self.report.rewind([], [])
 
     # Setting up
+
+    def _folder(self, resumed: bool) -> Path:
+        """The run's folder, made by the first process; a run that was cut off before it first saved is begun again."""
+        made: Path | OSError | None = None
+        if self.world.first:
+            out = self.config.out
+            again = resumed or (out is not None and checkpoints.never_saved(Path(out).expanduser()))
+            remedy = f"choose another out, or continue the run it holds: kilter train --resume {out}"
+            try:
+                made = prepare_folder(out, again, remedy)
+                (made / checkpoints.CHECKPOINTS).mkdir(exist_ok=True)
+            except OSError as error:
+                made = error
+        made = self.world.objects([made])[0]
+        if isinstance(made, OSError):
+            raise made
+        return Path(made or "")
 
     def _check(self) -> None:
         """Whether source and objective fit each other, the policy and the processes."""
@@ -138,30 +149,23 @@ class Trainer:
             if reward.modality != self.policy.modality:
                 raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {self.policy.modality}")
         self.source.check(self.run)
-
-    def _judged_prompts(self) -> list[Prompt]:
-        """Those of the config, else the held-out ones of the model's world, else the source's own, evenly thinned."""
-        if self.config.eval_prompts:
-            return read_prompts(self.config.eval_prompts)
-        own = world_prompts(self.policy.world, "heldout") or self.source.prompts_for_evaluation()
-        own = list({p.text: p for p in own}.values())
-        if not own:
-            raise ValueError("there is nothing to evaluate on: set eval_prompts")
-        return own[:: max(1, len(own) // EVALUATED)][:EVALUATED]
+        self.objective.check_source(self.source, self.sampling)
 
     # Running
 
     def fit(self) -> TrainResult:
         """Trains until `config.updates`, evaluating and saving on the way; picks up where a resumed run stopped.
 
-        Ctrl-C and SIGTERM save and return; so does anything else that goes wrong once training has begun, before it is raised.
+        Ctrl-C and SIGTERM save and return; so does anything else that goes wrong, before it is raised.
         """
         failure: Exception | None = None
+        if self.world.first:
+            checkpoints.tidy(self.out, self.update)
         with self.stop.listening():
             try:
                 if not self.evaluations:
                     self.objective.begin(self.policy)
-                    self._evaluate()
+                self._after_update()  # what a run that was cut off left undone
                 while self.update < self.config.updates and self.stopped is None:
                     self._one_update()
                     self._after_update()
@@ -170,7 +174,7 @@ class Trainer:
             except Exception as error:
                 self.stopped, failure = f"{type(error).__name__}: {error}", error
             self.stepper.optimizer.zero_grad(set_to_none=True)
-            if failure is None or (self.update > 0 and self.world.size == 1):  # other processes may be gone
+            if failure is None or (self.world.size == 1 and not self.stepper.changing):  # other processes may be gone
                 self._checkpoint(required=failure is None)
         if failure is not None:
             raise failure
@@ -183,7 +187,7 @@ class Trainer:
             self.batch, self.position = self._collect(), 0
         epoch, part = divmod(self.position, self.source.updates)
         seed = mix(self.run.seed, 8, self.iteration, epoch)
-        chosen = _kept(self.source.choose(self.batch.take(self._stratum(epoch, part)), seed))
+        chosen = self.source.choose(self.batch.take(self._stratum(epoch, part)), seed).kept()
         metrics = self.stepper.step(self.objective, self.policy, chosen, self.update, self.stop.check)
         self._noticed(metrics)
         self.update, self.position = self.update + 1, self.position + 1
@@ -195,10 +199,15 @@ class Trainer:
             self.report.row(row, self.config.updates)
 
     def _collect(self) -> Batch:
-        batch = self.source.collect(self.run, self.iteration)
-        items = self.world.share(batch.items * self.world.size)
-        index = torch.arange(items.start, items.stop).repeat_interleave(batch.members)
-        return self.objective.annotate(self.policy, batch.having(item=index), mix(self.run.seed, 6, self.iteration))
+        before = self.source.state()
+        try:
+            batch = self.source.collect(self.run, self.iteration)
+            items = self.world.share(batch.items * self.world.size)
+            index = torch.arange(items.start, items.stop).repeat_interleave(batch.members)
+            return self.objective.annotate(self.policy, batch.having(item=index), mix(self.run.seed, 6, self.iteration))
+        except Exception:  # it is collected again when the run is resumed
+            self.source.restore(before)
+            raise
 
     def _noticed(self, metrics: Mapping[str, float]) -> None:
         """Counts skipped updates, and gives up after too many in a row."""
@@ -231,10 +240,11 @@ class Trainer:
         return "ema" if "ema" in self.policy.voices else "policy"
 
     def _after_update(self) -> None:
-        c, improved = self.config, False
-        if (c.eval_every and self.update % c.eval_every == 0) or self.update == c.updates:
-            improved = self._evaluate()
-        if improved or self.unsaved or self.update % c.save_every == 0:
+        c, u = self.config, self.update
+        due = u in (0, c.updates) or (c.eval_every > 0 and u % c.eval_every == 0)
+        judged = bool(self.evaluations) and self.evaluations[-1][0] == u
+        improved = due and not judged and self._evaluate()
+        if improved or self.unsaved or u % c.save_every == 0:
             self._checkpoint(required=False)
         if self.world.size > 1 and self.world.any(self.stop.reason is not None):
             raise StopRequested(self.stop.reason or "another process was asked to stop")
@@ -259,17 +269,20 @@ class Trainer:
         return improved
 
     def _export(self) -> None:
-        """Writes the adapter a user takes; an older one is replaced at once."""
+        """Writes the adapter a user takes; an older one is replaced at once, or stays if this one cannot be written."""
         partial = self.out / f"{checkpoints.PARTIAL}adapter"
         try:
             for file in save_adapter(self.policy, partial, self.speaker):
+                checkpoints.flush(file)
                 file.replace(self.out / file.name)
+        except OSError as error:
+            logger.warning("the best adapter so far, of update %d, could not be kept: %s", self.update, error)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _checkpoint(self, required: bool) -> None:
         """Saves into the run's folder and prunes. A save that fails is tried again after the next update unless `required`."""
-        folder = self.out / "checkpoints" / f"{self.update:06d}"
+        folder = self.out / checkpoints.CHECKPOINTS / f"{self.update:06d}"
         try:
             if not (folder / checkpoints.STATE).is_file():
                 self.save(folder)
@@ -281,13 +294,10 @@ class Trainer:
             logger.warning("%s; training goes on and tries again after the next update", error)
             return
         if self.world.first:
-            known = sorted(p for p in folder.parent.glob("[0-9]*") if p.is_dir())
-            kept = (
-                {folder, folder.parent / f"{best(self.evaluations, self.judge):06d}"} if self.evaluations else {folder}
-            )
-            for old in known[: -self.config.keep]:
-                if old not in kept:
-                    shutil.rmtree(old, ignore_errors=True)
+            kept = {self.update} | ({best(self.evaluations, self.judge)} if self.evaluations else set())
+            for old in checkpoints.complete(self.out)[: -self.config.keep]:
+                if int(old.name) not in kept:
+                    checkpoints.remove(old)
 
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint at `path`, whole or not at all: everything from which `resume` goes on.
@@ -333,22 +343,28 @@ class Trainer:
         Raises:
             FileNotFoundError, ValueError: nothing to resume from, or a change that would make it another run.
         """
-        folder = checkpoints.latest(Path(path))
+        folder = checkpoints.latest(Path(path).expanduser())
         config, state, shards = checkpoints.read(folder)
         recorded = config["description"]
         if wrong := sorted(set(changes) - FREE_TO_CHANGE):
             raise ValueError(
                 f"{', '.join(wrong)} cannot change when a run is resumed; free are {sorted(FREE_TO_CHANGE)}"
             )
-        if folder.parent.name == "checkpoints":
-            changes.setdefault("out", str(folder.parent.parent))
+        for name, part in (("objective", objective), ("source", source)):
+            if part is not None and (wrong := differences(recorded[name], describe(part), name)):
+                raise ValueError(f"{folder} was made with another {name}: {'; '.join(wrong)}")
+        inside = folder.parent.name == checkpoints.CHECKPOINTS
+        own = str(folder.parent.parent) if inside else recorded["train"]["init_args"]["out"]
+        out = changes["out"] = changes.get("out") or own
+        same = None not in (out, own) and Path(out).expanduser().resolve() == Path(own).expanduser().resolve()
         if other := differences(config["versions"], versions()):
             logger.warning("resuming under other versions, so not bit for bit: %s", "; ".join(other))
         train = replace(build(recorded["train"]), **changes)
-        objective, source = objective or build(recorded["objective"]), source or build(recorded["source"])
-        reward = objective.reward or source.reward or build(recorded["reward"])
-        policy = policy or _policy(recorded["policy"])
-        trainer = cls(policy, objective.bind(reward), source.bind(reward), train, resumed=True)
+        learns: Objective = objective or build(recorded["objective"])
+        takes: Source = source or build(recorded["source"])
+        reward = learns.reward or takes.reward or build(recorded["reward"])
+        policy = policy or build_policy(recorded["policy"])
+        trainer = cls(policy, learns.bind(reward), takes.bind(reward), train, resumed=same)
         trainer.description = {**recorded, "train": describe(train)}
         trainer._restore(state, shards)
         return trainer
@@ -396,27 +412,3 @@ class Trainer:
 
 
 COUNTERS = ("update", "iteration", "position", "skipped_in_a_row")
-
-
-def _kept(batch: Batch) -> Batch:
-    """The items whose rows may all be trained on."""
-    if "keep" not in batch.columns:
-        return batch
-    keep = batch.columns["keep"].reshape(-1, batch.members).all(1)
-    return batch.take(keep.nonzero().flatten().cpu())
-
-
-def _described(policy: Policy) -> dict[str, Any]:
-    """How to make the policy again: from where it was loaded, or by its constructor."""
-    if policy.source:
-        dtype = str(next(policy.network.parameters()).dtype).replace("torch.", "")
-        return {"model": policy.source, "adapter": policy.adapter or None, "dtype": dtype, "device": policy.device.type}
-    return describe(policy)
-
-
-def _policy(recorded: Mapping[str, Any]) -> Policy:
-    if "model" not in recorded:
-        return build(recorded)
-    device = recorded["device"]
-    device = None if device == "cuda" else device  # the process's own
-    return load_policy(recorded["model"], lora=recorded["adapter"], dtype=recorded["dtype"], device=device)
