@@ -20,7 +20,10 @@ for _name in ("rewards", "samplers"):
 
 from .adapters import Lora
 from .batches import Batch, Noised, Paths, Starts, Steps
+from .choices import sample_pairs
 from .config import TrainConfig
+from .data import append_feedback, read_feedback, validate, write_feedback
+from .feedback import Captions, Likes, Preferences
 from .loading import load_policy
 from .memory import Memory
 from .objectives import Objective
@@ -33,6 +36,8 @@ from .trainer import Trainer
 from .training import train
 
 __all__ = [
-    "Batch", "Lora", "Memory", "Noised", "Objective", "Paths", "Prompts", "Rollouts", "Sample", "Source", "Starts", "Steered",
-    "Steps", "TrainConfig", "TrainResult", "Trainer", "load_policy", "row_seed", "score", "steer", "train",
+    "Batch", "Captions", "Likes", "Lora", "Memory", "Noised", "Objective", "Paths", "Preferences", "Prompts",
+    "Rollouts", "Sample", "Source", "Starts", "Steered", "Steps", "TrainConfig", "TrainResult", "Trainer",
+    "append_feedback", "load_policy", "read_feedback", "row_seed", "sample_pairs", "score", "steer", "train",
+    "validate", "write_feedback",
 ]  # fmt: skip

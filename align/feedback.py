@@ -25,7 +25,7 @@ from .data import Feedback, read_feedback
 from .given import ORDER, Given, Item, require_shape
 from .media import load_latents
 from .rows import Record
-from .sources import Rollouts, Run, pick
+from .sources import Run, pick, trainable_steps, unfolded
 
 __all__ = ["Captions", "Likes", "Preferences"]
 
@@ -125,8 +125,7 @@ class Preferences(Given):
             return super().check(run)
         run.world.share(self.taken(run))
         s = run.sampling
-        noisy = (s.kernel.stds(s.levels) > 0).nonzero().flatten()
-        if not len(noisy[noisy < s.levels.steps - self.skip_last]):
+        if not len(trainable_steps(s.kernel, s.levels, self.skip_last)):
             raise ValueError(f"{s.kernel} leaves no stochastic step to train on: use DDIM(eta=1), or fewer skip_last")
         run_has, seen = settings_of(run.policy, s), set()
         for record in {id(item.record): item.record for item in self.items}.values():
@@ -159,7 +158,7 @@ class Preferences(Given):
 
     def choose(self, batch: Batch, seed: int) -> Batch:
         """Unfolds trajectories into `timestep_fraction` of their trainable steps, drawn anew for each item."""
-        return Rollouts.choose(self, batch, seed)  # pyright: ignore[reportArgumentType] — reads the same two attributes
+        return unfolded(batch, seed, self.timestep_fraction, self.skip_last)
 
 
 class Likes(Given):

@@ -16,6 +16,7 @@ from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser
 from rewards import Reward
 from samplers import Kernel, Steering
 
+from . import feedback  # noqa: F401 (its sources can be named)
 from .config import TrainConfig
 from .loading import EMBEDDED
 from .objectives import Objective

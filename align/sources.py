@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rewards import Prompt, Reward, as_prompts
 from rewards.base import Configurable
-from samplers import Cond, Ledger, Levels, Policy, RewardFailed
+from samplers import Cond, Kernel, Ledger, Levels, Policy, RewardFailed
 from samplers.noise import mix
 
 from .advantages import Advantage, PromptStatistics, advantages, best_and_worst, normalised
@@ -33,7 +33,7 @@ from .prompts import read_prompts, world_prompts
 from .sampling import Sampling
 from .world import World
 
-__all__ = ["Prompts", "Rollouts", "Run", "Source", "noised", "pick"]
+__all__ = ["Prompts", "Rollouts", "Run", "Source", "noised", "pick", "trainable_steps", "unfolded"]
 
 Watch = Callable[[Any], None] | None
 
@@ -69,6 +69,7 @@ class Source(Configurable, ABC):
         epochs: how often the updates go over one collection.
         updates: updates one epoch makes of a collection.
         reward: what scores rollouts.
+        speaker: whose samples they are: "policy", or weights that a method remembers.
     """
 
     kind: Literal["prompts", "rollouts", "data"]
@@ -78,6 +79,7 @@ class Source(Configurable, ABC):
     epochs: int = 1
     updates: int = 1
     reward: Reward | None = None
+    speaker: str = "policy"
 
     @abstractmethod
     def collect(self, run: Run, iteration: int) -> Batch:
@@ -152,6 +154,23 @@ def noised(
     row = torch.arange(len(x0)).reshape(-1, 1, members).expand(-1, draws, -1).flatten()
     there = row.to(x0.device)
     return Noised(x0[there], torch.stack(eps).to(x0), policy.training_levels(torch.stack(levels)), cond[there]), row
+
+
+def trainable_steps(kernel: Kernel, levels: Levels, skip_last: int) -> Tensor:
+    """The steps that have a density, without the last few."""
+    noisy = (kernel.stds(levels) > 0).nonzero().flatten()
+    return noisy[noisy < levels.steps - skip_last]
+
+
+def unfolded(batch: Batch, seed: int, fraction: float, skip_last: int) -> Batch:
+    """Recorded trajectories as a share of their trainable steps, drawn for each item by its number; other rows as they are."""
+    if not isinstance(batch.rows, Paths):
+        return batch
+    noisy = trainable_steps(batch.rows.kernel, batch.rows.levels, skip_last)
+    count = max(1, round(fraction * len(noisy)))
+    item = batch.columns["item"].reshape(-1, batch.members)[:, 0].tolist()
+    order = [torch.randperm(len(noisy), generator=torch.Generator().manual_seed(mix(seed, i))) for i in item]
+    return batch.steps(noisy[torch.stack(order)[:, :count].sort(1).values])
 
 
 class Prompts(Source):
@@ -284,8 +303,7 @@ class Rollouts(Source):
 
     def trained(self, sampling: Sampling) -> Tensor:
         """The steps that have a density and are not skipped."""
-        noisy = (sampling.kernel.stds(sampling.levels) > 0).nonzero().flatten()
-        return noisy[noisy < sampling.levels.steps - self.skip_last]
+        return trainable_steps(sampling.kernel, sampling.levels, self.skip_last)
 
     def collect(self, run: Run, iteration: int) -> Batch:
         groups, world = self.groups(run.batch), run.world
@@ -309,12 +327,9 @@ class Rollouts(Source):
                     run.policy, prompts[part], seeds[part], starts=starts and starts[part],
                     record="path" if self.evidence == "steps" else "final", watch=run.watch,
                 )  # fmt: skip
-            with torch.no_grad(), path.ledger.spend("decode", len(path.x0), path.x0.device):
-                media = run.policy.decode(path.x0)
-            with torch.no_grad(), path.ledger.spend("reward", len(path.x0), path.x0.device):
-                columns = {"reward": self.reward(media, prompts[part]).cpu()}
-            for on, count in path.ledger.counts.items():
-                run.ledger.counts[on] += count
+            with torch.no_grad():
+                columns = {"reward": self.reward(run.policy.decode(path.x0), prompts[part]).cpu()}
+            run.ledger.counts["decode"] += len(path.x0)
             if self.evidence == "steps":
                 assert path.latents is not None and path.log_prob is not None
                 rows: Rows = Paths(path.latents, path.cond, run.sampling.kernel, run.sampling.levels)
@@ -379,15 +394,7 @@ class Rollouts(Source):
         return replace(batch[origin], rows=drawn)
 
     def choose(self, batch: Batch, seed: int) -> Batch:
-        """Unfolds trajectories into `timestep_fraction` of their trainable steps, drawn anew for each item."""
-        if not isinstance(batch.rows, Paths):
-            return batch
-        noisy = (batch.rows.kernel.stds(batch.rows.levels) > 0).nonzero().flatten()
-        noisy = noisy[noisy < batch.rows.levels.steps - self.skip_last]
-        count = max(1, round(self.timestep_fraction * len(noisy)))
-        item = batch.columns["item"].reshape(-1, batch.members)[:, 0].tolist()
-        order = [torch.randperm(len(noisy), generator=torch.Generator().manual_seed(mix(seed, i))) for i in item]
-        return batch.steps(noisy[torch.stack(order)[:, :count].sort(1).values])
+        return unfolded(batch, seed, self.timestep_fraction, self.skip_last)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

@@ -8,7 +8,7 @@ which for LoRA is a few megabytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,13 +73,16 @@ class Stepper:
             share = len(part) / total
             self.scaler.scale(loss * share).backward()
             for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + widest(value.detach().to(policy.device)) * share
+                value = widest(value.detach().to(policy.device))
+                known = ~value.isnan() if name != "loss" else torch.ones_like(value, dtype=torch.bool)
+                seen = torch.stack([torch.where(known, value, 0.0), known.to(value)]) * share
+                sums[name] = sums.get(name, 0.0) + seen
         norm = widest(self._reduced_norm())
-        values = torch.stack([norm, *sums.values()]).tolist()  # the step's only wait for the device
-        means = self._total(dict(zip(sums, values[1:], strict=True)))
+        values = torch.stack([norm.expand(2), *sums.values()]).tolist()  # the step's only wait for the device
+        means = self._means(dict(zip(sums, values[1:], strict=True)))
         if means.get("reward_failed", 0.0) > 1 - 1e-9:
             raise RewardFailed(f"the reward could judge none of the {total:.0f} items of update {update + 1}")
-        finite = math.isfinite(values[0]) and math.isfinite(means["loss"])
+        finite = math.isfinite(values[0][0]) and math.isfinite(means["loss"])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.changing = True
@@ -90,7 +93,7 @@ class Stepper:
         self.scaler.update()
         self.changing = False
         self.optimizer.zero_grad(set_to_none=True)
-        return {**means, "grad_norm": values[0], "learning_rate": rate, "skipped": float(not finite), "items": total}
+        return {**means, "grad_norm": values[0][0], "learning_rate": rate, "skipped": float(not finite), "items": total}
 
     def _sharing(self, objective, policy, batch: Batch, parts: tuple[Tensor, ...], total: float) -> Batch:
         """The batch with the objective's statistics over the whole update."""
@@ -102,6 +105,12 @@ class Stepper:
             means = self._total({name: float(value) for name, value in sums.items()})
             sums = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
         return replace(batch, shared=sums)
+
+    def _means(self, mine: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Over all processes, from (sum, share of the items that it is about) by name; NaN where that is none."""
+        sums = self._total({name: pair[0] for name, pair in mine.items()})
+        shares = self._total({name: pair[1] for name, pair in mine.items()})
+        return {name: value / shares[name] if shares[name] else math.nan for name, value in sums.items()}
 
     def _total(self, mine: Mapping[str, float]) -> dict[str, float]:
         """Sums by name over processes; a process without items knows no names."""

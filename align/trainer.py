@@ -67,7 +67,7 @@ class Trainer:
     ) -> None:
         self.world = World(cpu=policy.device.type == "cpu")
         self.policy, self.config = policy, config
-        reward = objective.reward or source.reward
+        self.reward = reward = objective.reward or source.reward
         self.objective, self.source = objective.bind(reward), source.bind(reward)
         self.sampling = Sampling.of(
             policy, config.kernel, config.steps, config.guidance, config.size, config.sample_rows
@@ -161,7 +161,7 @@ class Trainer:
         failure: Exception | None = None
         if self.world.first:
             checkpoints.tidy(self.out, self.update)
-        with self.stop.listening():
+        with self.stop.listening(), self.ledger.watching(network=self.policy.network, reward=self.reward):
             try:
                 if not self.evaluations:
                     self.objective.begin(self.policy)
@@ -204,7 +204,8 @@ class Trainer:
             batch = self.source.collect(self.run, self.iteration)
             items = self.world.share(batch.items * self.world.size)
             index = torch.arange(items.start, items.stop).repeat_interleave(batch.members)
-            return self.objective.annotate(self.policy, batch.having(item=index), mix(self.run.seed, 6, self.iteration))
+            with self.policy.acting_as(self.source.speaker):
+                return self.objective.annotate(self.policy, batch.having(item=index), mix(self.run.seed, 6, self.iteration))
         except Exception:  # it is collected again when the run is resumed
             self.source.restore(before)
             raise
@@ -251,7 +252,9 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Judges the weights; returns whether they are the best so far, in which case they become the run's adapter."""
+        spent = dict(self.ledger.counts)
         evaluation = self.evaluator(self.policy, self.world, self.speaker, self.stop.check)
+        self.ledger.counts.update(spent)  # judging is not part of a method's cost
         self.evaluations.append((self.update, evaluation))
         times = hacked(self.evaluations, self.optimised, self.judge, self.config.eval_samples)
         if times >= self.config.patience:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 __all__ = ["Ledger", "Spending"]
 
@@ -39,6 +40,27 @@ class Ledger:
             begin = time.perf_counter()
             yield
             self._seconds[on] += time.perf_counter() - begin
+
+    @contextmanager
+    def watching(self, **modules: nn.Module | None) -> Iterator[None]:
+        """Counts the samples that modules see, whoever calls them, recomputation in backward passes included.
+
+        Args:
+            modules: by what is spent: network=…, reward=….
+        """
+
+        def count(on: str) -> Any:
+            def seen(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+                self.counts[on] += len(next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)))
+
+            return seen
+
+        hooks = [m.register_forward_hook(count(on), with_kwargs=True) for on, m in modules.items() if m is not None]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ from ..batches import Batch, Paths, Steps
 from ..evidence import Reduction, law, reduced
 from .backprop import check_reward, judged
 from .base import Metrics, Objective
+
+if TYPE_CHECKING:
+    from ..sampling import Sampling
+    from ..sources import Source
 
 __all__ = ["AdjointMatching", "lean_adjoint"]
 
@@ -73,6 +77,9 @@ class AdjointMatching(Objective):
 
     def check(self, policy: Policy) -> None:
         check_reward(self, policy)
+
+    def check_source(self, source: Source, sampling: Sampling) -> None:
+        _need_memoryless(sampling.kernel)
 
     def annotate(self, policy: Policy, batch: Batch, seed: int) -> Batch:
         """Adds `adjoint` (B, T, …), a_{k+1} for step k, and leaves out rows that have none."""

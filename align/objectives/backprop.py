@@ -32,7 +32,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ from samplers import Clean, Cond, Kernel, Levels, Policy, SeededNoise, diffuse, 
 from ..batches import Batch, Starts, Steps
 from ..evidence import Reduction, law, reduced
 from .base import Metrics, Objective
+
+if TYPE_CHECKING:
+    from ..sampling import Sampling
+    from ..sources import Source
 
 __all__ = ["Backprop", "check_reward", "estimate", "judged", "leaving_out", "seeded", "sound", "watched"]
 
@@ -116,6 +120,11 @@ class Backprop(Objective):
 
     def check(self, policy: Policy) -> None:
         check_reward(self, policy)
+
+    def check_source(self, source: Source, sampling: Sampling) -> None:
+        self._length(sampling.levels.steps, torch.Generator())
+        if self.kl_weight:
+            self._need_noise(sampling.kernel, sampling.levels)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Metrics]:
         rows = batch.rows
@@ -196,13 +205,7 @@ class Backprop(Objective):
     def _kl(self, policy: Policy, rows: Starts, sample: _Sample) -> Tensor:
         """(B,) KL to the reference, summed over steps; averaged over copies."""
         assert sample.states is not None
-        count, steps, noisy = len(rows), rows.levels.steps, rows.kernel.stds(rows.levels) > 0
-        reach = {"last": self.k, "low_variance": 1, "random": self.high, "one_step": self.high}.get(self.truncation)
-        if not bool(noisy[steps - (reach or steps) :].any()):
-            raise ValueError(
-                f"kl_weight needs a stochastic step among those with gradient, but {rows.kernel} has none there: "
-                "use a stochastic kernel such as DDIM(eta=1), more steps with gradient, or kl_weight=0"
-            )
+        count, noisy = len(rows), self._need_noise(rows.kernel, rows.levels)
         chosen = noisy[sample.steps]
         at = sample.steps[chosen]
         if not len(at):  # this update's window is deterministic
@@ -214,6 +217,17 @@ class Backprop(Objective):
             reference = law(policy, unfolded)
         kl = reduced(law(policy, unfolded).kl(reference), x, self.reduction).reshape(count, -1)
         return kl.mean(1) if self.truncation == "low_variance" else kl.sum(1)
+
+    def _need_noise(self, kernel: Kernel, levels: Levels) -> Tensor:
+        """(T,) which steps have a density; some step that may carry a gradient must."""
+        steps, noisy = levels.steps, kernel.stds(levels) > 0
+        reach = {"last": self.k, "low_variance": 1, "random": self.high, "one_step": self.high}.get(self.truncation)
+        if not bool(noisy[steps - (reach or steps) :].any()):
+            raise ValueError(
+                f"kl_weight needs a stochastic step among those with gradient, but {kernel} has none there: "
+                "use a stochastic kernel such as DDIM(eta=1), more steps with gradient, or kl_weight=0"
+            )
+        return noisy
 
 
 def check_reward(objective: Objective, policy: Policy) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ from rewards.base import Configurable
 from samplers import Policy
 
 from ..batches import Batch, Rows
+
+if TYPE_CHECKING:
+    from ..sampling import Sampling
+    from ..sources import Source
 
 __all__ = ["Metrics", "Objective"]
 
@@ -55,6 +59,9 @@ class Objective(Configurable, ABC):
 
     def check(self, policy: Policy) -> None:
         """Raises before any work if this objective cannot train this policy."""
+
+    def check_source(self, source: Source, sampling: Sampling) -> None:
+        """Raises before any work if what this source collects, sampled like this, cannot be trained on."""
 
     def begin(self, policy: Policy) -> None:
         """Called once before the first update of a run, not after a resume: remembers voices it will need."""

@@ -29,7 +29,7 @@ the rollout's grid. An update that is skipped at the end of a collection leaves 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ from samplers.transitions import widest
 
 from ..batches import Batch, Noised
 from .base import Metrics, Objective
+
+if TYPE_CHECKING:
+    from ..sampling import Sampling
+    from ..sources import Source
 
 __all__ = ["DiffusionNFT", "contrast", "decayed"]
 
@@ -76,6 +80,14 @@ class DiffusionNFT(Objective):
             raise ValueError(f"decay must be 0, 1 or 2 and kl_weight ≥ 0; got {decay} and {kl_weight}")
         self.beta, self.clip, self.kl_weight = beta, clip, kl_weight
         self.decay, self.every, self.floor = decay, every, floor
+
+    def check_source(self, source: Source, sampling: Sampling) -> None:
+        if source.speaker != "old" or self.every != source.updates * source.epochs:
+            raise ValueError(
+                "DiffusionNFT trains on samples of the weights called old, which move once a collection: the source needs "
+                f"speaker 'old' (it has {source.speaker!r}), and every must be its updates × epochs = "
+                f"{source.updates * source.epochs} (it is {self.every})"
+            )
 
     def begin(self, policy: Policy) -> None:
         policy.remember("old")

@@ -21,7 +21,7 @@ levels is had by several draws in the source, each then an item of its own. The 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from ..batches import Batch, Noised
 from ..evidence import Reduction, errors
 from ..sampling import Sampling
 from .base import Metrics, Objective
+
+if TYPE_CHECKING:
+    from ..sources import Source
 
 __all__ = ["SePPO", "Selection"]
 
@@ -83,6 +86,11 @@ class SePPO(Objective):
         self.selection: Selection = selection
         self.reduction: Reduction = reduction
         self.kernel, self.steps, self.guidance, self.size, self.rows = kernel, steps, guidance, size, rows
+        self.sampling: Sampling | None = None
+
+    def check_source(self, source: Source, sampling: Sampling) -> None:
+        if (self.kernel, self.steps, self.guidance, self.size) == (None, None, None, None):
+            self.sampling = sampling
 
     def begin(self, policy: Policy) -> None:
         policy.remember("past-0")
@@ -133,7 +141,7 @@ class SePPO(Objective):
     def _sampled(self, policy: Policy, batch: Batch, seed: int) -> Tensor:
         """(B, …) samples of the weights called old, one a row; each depends on its item alone."""
         assert isinstance(batch.rows, Noised)
-        sampling = Sampling.of(policy, self.kernel, self.steps, self.guidance, self.size)
+        sampling = self.sampling or Sampling.of(policy, self.kernel, self.steps, self.guidance, self.size)
         if sampling.shape != (shape := tuple(batch.rows.x0.shape[1:])):
             raise ValueError(
                 f"the data are latents {shape}, but samples would be {sampling.shape}: pass the data's size to SePPO"

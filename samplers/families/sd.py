@@ -85,12 +85,11 @@ class StableDiffusion(Policy):
         return Cond(positive, {"encoder_hidden_states": self._embed([p.negative for p in prompts])}, self.guidance)
 
     def _embed(self, texts: list[str]) -> Tensor:
-        """(B, tokens, width), each distinct text through the encoder once."""
-        fresh = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
-        if fresh:
-            with torch.no_grad():
-                rows, _ = self.pipe.encode_prompt(fresh, self.device, 1, False)
-            self._embeddings.update(zip(fresh, rows, strict=True))
+        """(B, tokens, width), each distinct text through the encoder once, and alone: so no sample depends on its batch."""
+        for text in dict.fromkeys(texts):
+            if text not in self._embeddings:
+                with torch.no_grad():
+                    self._embeddings[text] = self.pipe.encode_prompt([text], self.device, 1, False)[0][0]
         embeddings = torch.stack([self._embeddings[text] for text in texts])
         while len(self._embeddings) > REMEMBERED:
             del self._embeddings[next(iter(self._embeddings))]
