@@ -96,6 +96,7 @@ class Trainer:
         }
         self.update = self.iteration = self.position = self.skipped_in_a_row = 0
         self.batch: Batch | None = None
+        self.collected: dict[str, float] = {}
         self.log: list[dict[str, float]] = []
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.stopped: str | None = None
@@ -185,6 +186,7 @@ class Trainer:
         began = time.perf_counter()
         if self.batch is None:
             self.batch, self.position = self._collect(), 0
+            self.collected = dict(self.source.metrics())
         epoch, part = divmod(self.position, self.source.updates)
         seed = mix(self.run.seed, 8, self.iteration, epoch)
         chosen = self.source.choose(self.batch.take(self._stratum(epoch, part)), seed).kept()
@@ -193,7 +195,9 @@ class Trainer:
         self.update, self.position = self.update + 1, self.position + 1
         if self.position == self.source.updates * self.source.epochs:
             self.batch, self.iteration = None, self.iteration + 1
-        row = {"update": self.update, **metrics, **self.source.metrics(), "seconds": time.perf_counter() - began}
+        spent = {f"{on}_calls": count for on, count in self.ledger.counts.items() if on in ("network", "reward")}
+        seconds = time.perf_counter() - began
+        row = {"update": self.update, **metrics, **self.collected, **spent, "seconds": seconds}
         self.log.append(row)
         if self.report:
             self.report.row(row, self.config.updates)
@@ -414,4 +418,4 @@ class Trainer:
         )  # fmt: skip
 
 
-COUNTERS = ("update", "iteration", "position", "skipped_in_a_row")
+COUNTERS = ("update", "iteration", "position", "skipped_in_a_row", "collected")

@@ -128,9 +128,8 @@ def main() -> None:
         ]
         lines.append(f"| {t} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
-    print(
-        f"per step: peak × {growth:.3f} from T = {options.steps[0]} to {options.steps[-1]} besides the states (limit {LIMITS['growth']});"
-    )
+    span = f"from T = {options.steps[0]} to {options.steps[-1]}"
+    print(f"per step: peak × {growth:.3f} {span} besides the stored states (limit {LIMITS['growth']});")
     print(f"at most {slowest:.2f} forward units a step (limit {LIMITS['time']})")
     RESULTS.mkdir(exist_ok=True)
     result = {"rows": rows, "growth": growth, "forward_units": slowest, "limits": LIMITS}
