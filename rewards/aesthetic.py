@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,8 @@ class Aesthetic(Reward):
         from transformers import AutoImageProcessor, CLIPModel
 
         with loading(model, "config.json, preprocessor_config.json and the weights (model.safetensors) of a CLIP"):
-            network, report = CLIPModel.from_pretrained(expand(model), dtype="auto", output_loading_info=True)
+            loader: Any = CLIPModel  # its annotations know nothing of output_loading_info
+            network, report = loader.from_pretrained(expand(model), dtype="auto", output_loading_info=True)
             if report["missing_keys"]:
                 raise OSError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
             images = AutoImageProcessor.from_pretrained(expand(model))

@@ -2,21 +2,34 @@
 
 import ast
 import inspect
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
+import align
 import rewards
 import samplers
+from align import feedback, objectives, sources
+from align.config import NAMES
 from align.parsing import COMPONENTS, build_parser, concrete, train_parser
+from align.sampling import Sampling
+from align.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rewards", "samplers", "align")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 HEAVY = {"diffusers", "transformers", "open_clip", "gradio", "matplotlib", "peft", "accelerate", "datasets"}
 SHARED = {"base", "preprocess"}  # what every reward backend may use
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+STEER = [p for p in CONFIGS if p.parent.name == "steer" or p.name == "steer.yaml"]
+LAUNCH = [p for p in CONFIGS if p.parent.name == "accelerate"]
+TRAIN = [p for p in CONFIGS if p not in STEER + LAUNCH]
+EXPORTED = {name for module in (rewards, samplers, objectives, sources, feedback) for name in module.__all__}
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:
@@ -94,13 +107,79 @@ def test_files_stay_readable(path):
     assert lines <= (150 if path.parent.name == "families" else 420)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_config_loads_and_cites(path):
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_every_config_cites_and_is_short(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# "), "the first line says where the numbers come from"
     assert len(lines) <= 30
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize("path", STEER, ids=relative)
+def test_every_steering_config_loads(path):
     parsed = build_parser().parse_args(["steer", "--config", str(path), "a prompt"])
     assert parsed.steer.steering.class_path
+
+
+class Judge(rewards.Reward):
+    """Stands in for rewards whose weights would have to be downloaded."""
+
+    def measure(self, media, prompts):
+        return media.mean((1, 2, 3))
+
+
+@pytest.fixture(scope="session")
+def pick_a_pic(tmp_path_factory):
+    """Two pairs in the columns of Pick-a-Pic, which stand in for a data set of the hub."""
+    from datasets import Dataset
+
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+    other = io.BytesIO()
+    Image.new("RGB", (64, 64), "blue").save(other, "PNG")
+    columns = {
+        "caption": ["a cat", "a dog"],
+        "jpg_0": [picture.getvalue()] * 2,
+        "jpg_1": [other.getvalue()] * 2,
+        "label_0": [1.0, 0.0],
+        "label_1": [0.0, 1.0],
+    }
+    file = tmp_path_factory.mktemp("feedback") / "train.parquet"
+    Dataset.from_dict(columns).to_parquet(file)
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    return align.load_policy(device="cpu")
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=relative)
+def test_every_training_config_loads_and_fits(path, embedded, pick_a_pic, monkeypatch):
+    """Objective, source and settings are made and fit each other; rewards are parsed only."""
+    monkeypatch.chdir(ROOT)  # prompt files are named from there
+    parser = train_parser()
+    parser.exit_on_error = False
+    options = parser.parse_args(["--config", str(path)])
+    data = options.source.init_args.get("path")
+    if data and not Path(data).exists():
+        options.source.init_args.path = pick_a_pic
+    assert (options.reward is None) == (data is not None), "rollouts and prompts need a reward, data need none"
+    options.reward, options.panel = None, []
+    built = parser.instantiate(options)
+    config = align.TrainConfig(**{name: built[name] for name in NAMES})
+    objective, source = (part.bind(Judge()) for part in (built.objective, built.source))
+    objective.check(embedded)
+    assert source.makes in objective.takes
+    assert set(objective.needs) <= set(source.columns)
+    assert source.members == objective.members or (objective.members == 0 and source.members > 1)
+    sampling = Sampling.of(embedded, config.kernel, config.steps, config.guidance)
+    source.check(sources.Run(embedded, sampling, World(cpu=True), 0, config.batch, samplers.Ledger()))
+    objective.check_source(source, sampling)
 
 
 @pytest.mark.parametrize("kind", sorted(COMPONENTS))
@@ -108,7 +187,7 @@ def test_every_component_has_a_test_a_readme_row_and_a_one_line_description(kind
     tests = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
     readme = (ROOT / "README.md").read_text()
     for cls in concrete(COMPONENTS[kind]):
-        if cls.__name__ in rewards.__all__ or cls.__name__ in samplers.__all__:
+        if cls.__name__ in EXPORTED:
             assert cls.__name__ in tests, f"no test names {cls.__name__}"
             assert f"`{cls.__name__}" in readme, f"README has no row for {cls.__name__}"
             first = (inspect.getdoc(cls) or "").splitlines()[0]
