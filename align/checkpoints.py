@@ -21,19 +21,44 @@ import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 
-from .results import PROBE
+from .results import PROBE, prepare_folder
 from .world import World
 
-__all__ = ["complete", "generators", "latest", "never_saved", "read", "remove", "restore_generators", "write"]
+__all__ = ["claim", "complete", "generators", "latest", "never_saved", "read", "remove", "restore_generators", "write"]
 
 STATE, CONFIG, CHECKPOINTS = "state.pt", "config.json", "checkpoints"
-PARTIAL = ".partial-"
+PARTIAL, OLD = ".partial-", ".old"
+
+
+def claim(out: str | None, resumed: bool, world: World) -> Path:
+    """The folder of a run, made by the first process; a run that was cut off before it first saved is begun again.
+
+    Args:
+        out: the folder; the next free runs/NNN by default.
+        resumed: it holds this run already.
+
+    Raises:
+        FileExistsError: it holds another run.
+        OSError: it cannot be written.
+    """
+    made: Path | OSError | None = None
+    if world.first:
+        again = resumed or (out is not None and never_saved(Path(out).expanduser()))
+        remedy = f"choose another out, or continue the run it holds: kilter train --resume {out}"
+        try:
+            made = prepare_folder(out, again, remedy)
+            (made / CHECKPOINTS).mkdir(exist_ok=True)
+        except OSError as error:
+            made = error
+    made = world.objects([made])[0]
+    if isinstance(made, OSError):  # in all processes
+        raise made
+    return Path(made or "")
 
 
 def write(
@@ -74,13 +99,13 @@ def write(
     def finish() -> None:
         if world.first:
             flush(partial)
-            old = folder.parent / f"{PARTIAL}old-{folder.name}"
+            old = folder.with_name(f"{folder.name}{OLD}")
             if folder.exists():
                 _remove(old)
-                folder.rename(old)
+                folder.rename(old)  # until the next line it is the one `complete` finds
             partial.rename(folder)
             flush(folder.parent)
-            _remove(old)
+            remove(old)
 
     for part in (begin, fill, finish):
         error: Exception | None = None
@@ -117,9 +142,9 @@ def flush(path: Path) -> None:
 
 
 def complete(run: Path) -> list[Path]:
-    """The complete checkpoints of a run's folder, oldest first."""
-    found = [p for p in (run / CHECKPOINTS).glob("[0-9]*") if p.name.isdigit() and (p / STATE).is_file()]
-    return sorted(found, key=lambda p: int(p.name))
+    """The complete checkpoints of a run's folder, oldest first; `.stem` is the update."""
+    found = [p for p in (run / CHECKPOINTS).glob("[0-9]*") if p.stem.isdigit() and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: (int(p.stem), p.suffix != OLD))
 
 
 def never_saved(run: Path) -> bool:
@@ -134,7 +159,8 @@ def tidy(run: Path, update: int) -> None:
     for folder in (*run.glob(f"{PARTIAL}*"), *(run / CHECKPOINTS).glob(f"{PARTIAL}*")):
         _remove(folder)
     for later in complete(run):
-        if int(later.name) > update:
+        replaced = later.suffix == OLD and (later.with_suffix("") / STATE).is_file()
+        if int(later.stem) > update or replaced:
             remove(later)
 
 
@@ -163,8 +189,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, A
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         ranks = [folder / f"rank-{rank:05d}.pt" for rank in range(config["processes"])]
         shards = [torch.load(path, map_location="cpu", weights_only=True) for path in ranks]
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
-        raise ValueError(f"checkpoint {folder} cannot be read ({error}): resume from an older one") from error
+    except Exception as error:  # a torn file makes the unpickler raise almost anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"checkpoint {folder} cannot be read ({reason}): resume from an older one") from error
     return config, state, shards
 
 

@@ -264,7 +264,8 @@ class Rollouts(Source):
             raise ValueError(f"{what} compares the samples of a prompt, so group must be ≥ 2; got 1")
         self.prompts = _read(prompts)
         self.group, self.evidence, self.updates, self.epochs = group, evidence, updates, epochs
-        self.advantage, self.eps, self.clip, self.pairs = advantage, eps, clip, pairs
+        self.advantage: Advantage = advantage
+        self.eps, self.clip, self.pairs = eps, clip, pairs
         self.shared_start, self.timestep_fraction, self.skip_last = shared_start, timestep_fraction, skip_last
         self.drop_zero, self.draws, self.t, self.guided, self.speaker = drop_zero, draws, t, guided, speaker
         self.reward = reward
@@ -403,11 +404,10 @@ class Rollouts(Source):
         return self.prompts
 
     def state(self) -> dict[str, Any]:
-        return {"statistics": self.statistics.state(), "metrics": self._metrics}
+        return {"statistics": self.statistics.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.statistics.restore(state["statistics"])
-        self._metrics = state["metrics"]
 
 
 def _read(prompts: Sequence[str] | str) -> list[Prompt]:

@@ -35,7 +35,7 @@ from .guard import best, hacked, held_out
 from .objectives.base import Objective
 from .panel import gold_of, panel_of
 from .reports import Report, TrainResult
-from .results import prepare_folder, versions
+from .results import versions
 from .sampling import Sampling
 from .signals import Stop, StopRequested
 from .sources import Run, Source
@@ -100,31 +100,17 @@ class Trainer:
         self.log: list[dict[str, float]] = []
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.stopped: str | None = None
-        self.out = self._folder(resumed)
+        self.out = checkpoints.claim(config.out, resumed, self.world)
         known = {"judge": self.judge, "optimised": self.optimised}
         self.report = Report(self.out, config.tracker, self.description, **known) if self.world.first else None
         self.unsaved = False
+        self.saved: tuple[int, int] | None = (
+            None  # the update and evaluations of the newest checkpoint in the run's folder
+        )
         if self.report and not resumed:
             self.report.rewind([], [])
 
     # Setting up
-
-    def _folder(self, resumed: bool) -> Path:
-        """The run's folder, made by the first process; a run that was cut off before it first saved is begun again."""
-        made: Path | OSError | None = None
-        if self.world.first:
-            out = self.config.out
-            again = resumed or (out is not None and checkpoints.never_saved(Path(out).expanduser()))
-            remedy = f"choose another out, or continue the run it holds: kilter train --resume {out}"
-            try:
-                made = prepare_folder(out, again, remedy)
-                (made / checkpoints.CHECKPOINTS).mkdir(exist_ok=True)
-            except OSError as error:
-                made = error
-        made = self.world.objects([made])[0]
-        if isinstance(made, OSError):
-            raise made
-        return Path(made or "")
 
     def _check(self) -> None:
         """Whether source and objective fit each other, the policy and the processes."""
@@ -209,7 +195,9 @@ class Trainer:
             items = self.world.share(batch.items * self.world.size)
             index = torch.arange(items.start, items.stop).repeat_interleave(batch.members)
             with self.policy.acting_as(self.source.speaker):
-                return self.objective.annotate(self.policy, batch.having(item=index), mix(self.run.seed, 6, self.iteration))
+                return self.objective.annotate(
+                    self.policy, batch.having(item=index), mix(self.run.seed, 6, self.iteration)
+                )
         except Exception:  # it is collected again when the run is resumed
             self.source.restore(before)
             raise
@@ -291,8 +279,9 @@ class Trainer:
         """Saves into the run's folder and prunes. A save that fails is tried again after the next update unless `required`."""
         folder = self.out / checkpoints.CHECKPOINTS / f"{self.update:06d}"
         try:
-            if not (folder / checkpoints.STATE).is_file():
+            if self.saved != (now := (self.update, len(self.evaluations))):
                 self.save(folder)
+                self.saved = now
             self.unsaved = False
         except OSError as error:
             if required:
@@ -303,7 +292,7 @@ class Trainer:
         if self.world.first:
             kept = {self.update} | ({best(self.evaluations, self.judge)} if self.evaluations else set())
             for old in checkpoints.complete(self.out)[: -self.config.keep]:
-                if int(old.name) not in kept:
+                if int(old.stem) not in kept:
                     checkpoints.remove(old)
 
     def save(self, path: str | Path) -> None:
@@ -374,6 +363,7 @@ class Trainer:
         trainer = cls(policy, learns.bind(reward), takes.bind(reward), train, resumed=same)
         trainer.description = {**recorded, "train": describe(train)}
         trainer._restore(state, shards)
+        trainer.saved = (trainer.update, len(trainer.evaluations)) if same and inside else None
         return trainer
 
     def _restore(self, state: Mapping[str, Any], shards: list[dict[str, Any]]) -> None:

@@ -28,7 +28,7 @@ class World:
 
             self.state = PartialState(cpu=cpu)
             self.rank, self.size = self.state.process_index, self.state.num_processes
-            self.device: torch.device = self.state.device
+            self.device: torch.device = self.state.device  # pyright: ignore
 
     @property
     def first(self) -> bool:

@@ -1,16 +1,14 @@
 """Small complete runs for the tests of the trainer: a Gaussian policy, rewards with closed forms, and which source suits which
-objective.
-
-As a program it trains one such run in a process of its own: python -m tests.align.runs OUT CASE [--resume] [--steps N] …
+objective. As a program it trains such runs in processes of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from align import objectives as O
+import align.reports
+from align.checkpoints import never_saved
 from align.config import TrainConfig
 from align.feedback import Captions, Likes, Preferences
-from align.objectives import Objective
+from align.objectives import Backprop, MaPO, Objective, Pairwise, PolicyGradient, Unary, Weighted
+from align.objectives.adjoint_matching import AdjointMatching
+from align.objectives.direct_align import DirectAlign
+from align.objectives.nft import DiffusionNFT
+from align.objectives.seppo import SePPO
 from align.sources import Prompts, Rollouts, Source
 from align.trainer import Trainer
 from rewards import Reward
-from samplers import DDIM
+from samplers import DDIM, Policy
 from samplers.families.gaussian import GaussianPolicy
 
 PROMPTS = ["one", "two", "three", "four"]
@@ -70,18 +73,28 @@ class Clip(Near):
     modality = "video"
 
 
+class Worded(Near):
+    """Wants x near the number of words of its prompt."""
+
+    needs_prompt = True
+
+    def measure(self, media, prompts):
+        words = torch.tensor([float(len(p.text.split())) for p in prompts], dtype=media.dtype, device=media.device)
+        return -(media.flatten(1) - self.b * words[:, None]).square().sum(1)
+
+
 @dataclass(frozen=True)
 class Case:
     """An objective with a source that suits it.
 
     Attributes:
-        objective, source: make them; a source of data gets the folder of `feedback`.
+        objective, source, reward: make them; a source of data gets the folder of `feedback`.
         config: fields of `TrainConfig`.
     """
 
     objective: Callable[[], Objective]
     source: Callable[[Path], Source]
-    policy: dict[str, Any] = field(default_factory=dict)
+    reward: Callable[[], Reward] = Near
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,25 +112,26 @@ PAIRED = {"pairs": "best_worst", "shared_start": True}
 
 # Which source suits which objective: every objective must be here, most with several sources.
 CASES = {
-    "PolicyGradient": Case(lambda: O.PolicyGradient(clip=0.2, kl_weight=0.1), rolled()),
+    "PolicyGradient": Case(lambda: PolicyGradient(clip=0.2, kl_weight=0.1), rolled()),
     "PolicyGradient-running": Case(
-        lambda: O.PolicyGradient(clip=0.2), rolled(advantage="running", least=2, timestep_fraction=0.5)
+        lambda: PolicyGradient(clip=0.2), rolled(advantage="running", least=2, timestep_fraction=0.5)
     ),
-    "PolicyGradient-clean": Case(lambda: O.PolicyGradient(clip=0.5), rolled(**CLEAN)),
-    "Pairwise-steps": Case(lambda: O.Pairwise(beta=1.0), rolled(**PAIRED)),
-    "Pairwise-clean": Case(lambda: O.Pairwise(beta=10.0), rolled(evidence="clean", pairs="all", group=3)),
-    "Pairwise-list": Case(lambda: O.Pairwise(beta=10.0), rolled(evidence="clean", pairs="list", group=4)),
-    "Pairwise-data": Case(lambda: O.Pairwise(beta=10.0), given(Preferences, "preferences", draws=2)),
-    "MaPO": Case(lambda: O.MaPO(), given(Preferences, "preferences")),
-    "Unary": Case(lambda: O.Unary(beta=5.0), given(Likes, "likes")),
-    "Weighted-softmax": Case(lambda: O.Weighted(), rolled(**CLEAN, advantage="none")),
-    "Weighted-top": Case(lambda: O.Weighted("top"), rolled(evidence="clean", group=4)),
-    "Weighted-none": Case(lambda: O.Weighted("none"), given(Captions, "captions")),
-    "Backprop": Case(lambda: O.Backprop(k=2, kl_weight=0.1), lambda data: Prompts(PROMPTS)),
-    "Backprop-random": Case(lambda: O.Backprop("random", low=1, high=3), lambda data: Prompts(PROMPTS)),
-    "AdjointMatching": Case(lambda: O.AdjointMatching(scale=1.0), rolled(advantage="none")),
-    "DiffusionNFT": Case(lambda: O.DiffusionNFT(every=4), rolled(**CLEAN, speaker="old")),
-    "SePPO": Case(lambda: O.SePPO(beta=5.0, ring=3, every=1, steps=3, kernel=KERNEL), given(Captions, "captions")),
+    "PolicyGradient-clean": Case(lambda: PolicyGradient(clip=0.5), rolled(**CLEAN)),
+    "Pairwise-steps": Case(lambda: Pairwise(beta=1.0), rolled(**PAIRED)),
+    "Pairwise-clean": Case(lambda: Pairwise(beta=10.0), rolled(evidence="clean", pairs="all", group=3)),
+    "Pairwise-list": Case(lambda: Pairwise(beta=10.0), rolled(evidence="clean", pairs="list", group=4)),
+    "Pairwise-data": Case(lambda: Pairwise(beta=10.0), given(Preferences, "preferences", draws=2)),
+    "MaPO": Case(lambda: MaPO(), given(Preferences, "preferences")),
+    "Unary": Case(lambda: Unary(beta=5.0), given(Likes, "likes")),
+    "Weighted-softmax": Case(lambda: Weighted(), rolled(**CLEAN, advantage="none")),
+    "Weighted-top": Case(lambda: Weighted("top"), rolled(evidence="clean", group=4)),
+    "Weighted-none": Case(lambda: Weighted("none"), given(Captions, "captions")),
+    "Backprop": Case(lambda: Backprop(k=2, kl_weight=0.1), lambda data: Prompts(PROMPTS)),
+    "Backprop-random": Case(lambda: Backprop("random", low=1, high=3), lambda data: Prompts(PROMPTS)),
+    "AdjointMatching": Case(lambda: AdjointMatching(scale=1.0), rolled(advantage="none")),
+    "DiffusionNFT": Case(lambda: DiffusionNFT(every=4), rolled(**CLEAN, speaker="old")),
+    "DirectAlign": Case(lambda: DirectAlign(scale=0.1), lambda data: Prompts(PROMPTS), Worded),
+    "SePPO": Case(lambda: SePPO(beta=5.0, ring=3, every=1, steps=3, kernel=KERNEL), given(Captions, "captions")),
 }
 
 
@@ -141,19 +155,82 @@ def feedback(folder: Path) -> Path:
     return folder
 
 
-def policy_of(**how) -> GaussianPolicy:
-    return GaussianPolicy(MEANS, [0.6, 0.8], [0.5, 0.5], **how)
-
-
 def config_of(out: Path, **how) -> TrainConfig:
-    quick = {"updates": 8, "batch": 12, "micro_batch": 5, "lora": None, "learning_rate": 0.01, "steps": 4, "kernel": KERNEL}
-    quick |= {"eval_every": 4, "eval_samples": 2, "save_every": 4, "tracker": None, "schedule": "cosine", "ema": 0.9}
+    quick: dict[str, Any] = {"updates": 8, "batch": 12, "micro_batch": 5, "lora": None, "learning_rate": 0.01}
+    quick |= {"steps": 3, "kernel": KERNEL, "schedule": "cosine", "ema": 0.9, "weight_decay": 0.0}
+    quick |= {"eval_every": 4, "save_every": 4, "tracker": None}
     return TrainConfig(out=str(out), **{**quick, **how})
 
 
-def trainer_of(name: str, out: Path, data: Path, reward: Reward | None = None, **how) -> Trainer:
+def trainer_of(
+    name: str, out: Path, data: Path, reward: Reward | None = None, policy: Policy | None = None, **how
+) -> Trainer:
     """A new run of one of `CASES`."""
-    case, reward = CASES[name], reward or Near()
-    policy = policy_of(**case.policy)
+    case = CASES[name]
+    reward, policy = reward or case.reward(), policy or GaussianPolicy(MEANS, [0.6, 0.8], [0.5, 0.5])
     config = config_of(out, **{**case.config, **how})
     return Trainer(policy, case.objective().bind(reward), case.source(data).bind(reward), config)
+
+
+def stop_at(trainer: Trainer, update: int, call: int = 1) -> Trainer:
+    """Asks a run to stop in the `call`-th micro-batch after so many updates."""
+    loss, calls = trainer.objective.loss, []
+
+    def asking(policy, batch):
+        calls.extend([0] * (trainer.update == update))
+        if len(calls) == call:
+            trainer.stop.request("interrupted")
+        return loss(policy, batch)
+
+    trainer.objective.loss = asking
+    return trainer
+
+
+def one(
+    name: str, out: Path, data: Path, how: dict[str, Any], cut: int | None = None, broken: int | None = None
+) -> str:
+    """Trains a run, or goes on with one that has saved; returns the digest of its weights.
+
+    Args:
+        cut: stop after so many updates.
+        broken: this process fails at its third micro-batch.
+    """
+    align.reports.draw_curves = lambda *a, **k: None  # half of the time of such a short run
+    if (out / "checkpoints").is_dir() and not never_saved(out):
+        trainer = Trainer.resume(out, **{k: v for k, v in how.items() if k in ("updates", "save_every")})
+    else:
+        trainer = trainer_of(name, out, data, **how)
+    if cut is not None:
+        stop_at(trainer, cut - 1)
+    if broken == trainer.world.rank:
+        calls, loss = [], trainer.objective.loss
+
+        def failing(policy, batch):
+            calls.append(0)
+            if len(calls) > 20:
+                raise ArithmeticError("this process fails")
+            return loss(policy, batch)
+
+        trainer.objective.loss = failing
+    return trainer.fit().digest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("cases", nargs="+", help="names of CASES")
+    parser.add_argument("--how", type=json.loads, default={}, help="fields of TrainConfig")
+    parser.add_argument("--cut", type=int)
+    parser.add_argument("--broken", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.cases:
+        digest = one(name, options.out / name, options.data, options.how, options.cut, options.broken)
+        if os.environ.get("RANK", "0") == "0":
+            print("DIGEST", name, digest, flush=True)
+
+
+if __name__ == "__main__":
+    sys.modules["tests.align.runs"] = sys.modules["__main__"]
+    main()
