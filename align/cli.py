@@ -20,6 +20,7 @@ from jsonargparse import Namespace
 from rewards import Prompt
 from samplers.families import FAMILIES
 
+from .adapters import set_scale
 from .description import describe
 from .parsing import COMPONENTS, Parser, build_parser, concrete, train_parser
 from .prompts import read_prompts
@@ -115,6 +116,8 @@ def _sampled(parser: Parser, parsed: Namespace, options: Namespace, prompts: lis
     policy = load_policy(
         options.model, lora=options.lora, device=options.device, dtype=options.dtype, preview_vae=options.preview_vae
     )
+    if options.lora_scale != 1:
+        set_scale(policy, options.lora_scale)
     return steer(
         policy,
         prompts,

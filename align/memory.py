@@ -44,7 +44,7 @@ class Memory:
         policy.checkpointing, policy.decode_chunk = self.checkpointing, self.decode_chunk
         if hasattr(policy.network, "enable_gradient_checkpointing"):
             switch = "enable" if self.checkpointing == "block" else "disable"
-            getattr(policy.network, f"{switch}_gradient_checkpointing")()
+            getattr(policy.network, f"{switch}_gradient_checkpointing")()  # pyright: ignore[reportCallIssue]
         elif self.checkpointing == "block":
             raise ValueError(
                 f"{type(policy.network).__name__} cannot recompute its blocks: use checkpointing 'step' or 'none'"

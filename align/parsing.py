@@ -101,6 +101,7 @@ def build_parser() -> Parser:
     )
     steer.add_argument("--model", type=str, default=str(EMBEDDED), help="folder or hub id of a diffusers pipeline")
     steer.add_argument("--lora", type=Optional[str], help="LoRA weights: folder, file or hub id")
+    steer.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA: 0 is the base, 1 as trained")
     steer.add_argument("--preview_vae", type=Optional[str], help="AutoencoderTiny for intermediate rewards")
     steer.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …")
     steer.add_argument("--dtype", type=Optional[Literal["float32", "float16", "bfloat16"]], help="of the networks")

@@ -20,6 +20,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -70,7 +72,7 @@ def run(method: str, folder: Path, prompts: int) -> list[dict[str, float]]:
 
 def at_kl(points: list[dict[str, float]], kl: float) -> tuple[dict[str, float], bool]:
     """The point of a curve where its KL first reaches a value, and whether it ever does."""
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if after["kl"] >= kl:
             share = (kl - before["kl"]) / (after["kl"] - before["kl"])
             return {k: before[k] + share * (after[k] - before[k]) for k in after}, True
