@@ -44,13 +44,13 @@ class Memory:
         policy.checkpointing, policy.decode_chunk = self.checkpointing, self.decode_chunk
         if hasattr(policy.network, "enable_gradient_checkpointing"):
             switch = "enable" if self.checkpointing == "block" else "disable"
-            getattr(policy.network, f"{switch}_gradient_checkpointing")()  # pyright: ignore[reportCallIssue]
+            getattr(policy.network, f"{switch}_gradient_checkpointing")()
         elif self.checkpointing == "block":
             raise ValueError(
                 f"{type(policy.network).__name__} cannot recompute its blocks: use checkpointing 'step' or 'none'"
             )
         if self.attention == "xformers":
             try:
-                policy.network.enable_xformers_memory_efficient_attention()
+                policy.network.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
             except (ModuleNotFoundError, ImportError, AttributeError) as error:
                 raise ValueError(f"attention 'xformers' cannot be used here ({error}): pip install 'kilter[gpu]'") from error
