@@ -1,13 +1,10 @@
 """Small complete runs for the tests of the trainer: a Gaussian policy, rewards with closed forms, and which source suits which
-objective. As a program it trains such runs in processes of their own.
+objective.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +24,7 @@ from align.objectives.nft import DiffusionNFT
 from align.objectives.seppo import SePPO
 from align.sources import Prompts, Rollouts, Source
 from align.trainer import Trainer
+from align.world import World
 from rewards import Reward
 from samplers import DDIM, Policy
 from samplers.families.gaussian import GaussianPolicy
@@ -172,6 +170,13 @@ def trainer_of(
     return Trainer(policy, case.objective().bind(reward), case.source(data).bind(reward), config)
 
 
+def world_of(rank: int, size: int) -> World:
+    """One of several processes, alone: it knows its share, and cannot gather."""
+    world = object.__new__(World)
+    world.rank, world.size, world.device = rank, size, torch.device("cpu")
+    return world
+
+
 def stop_at(trainer: Trainer, update: int, call: int = 1) -> Trainer:
     """Asks a run to stop in the `call`-th micro-batch after so many updates."""
     loss, calls = trainer.objective.loss, []
@@ -186,14 +191,11 @@ def stop_at(trainer: Trainer, update: int, call: int = 1) -> Trainer:
     return trainer
 
 
-def one(
-    name: str, out: Path, data: Path, how: dict[str, Any], cut: int | None = None, broken: int | None = None
-) -> str:
-    """Trains a run, or goes on with one that has saved; returns the digest of its weights.
+def one(name: str, out: Path, data: Path, how: dict[str, Any], cut: int | None = None) -> Trainer:
+    """Trains a run, or goes on with one that has saved.
 
     Args:
         cut: stop after so many updates.
-        broken: this process fails at its third micro-batch.
     """
     align.reports.draw_curves = lambda *a, **k: None  # half of the time of such a short run
     if (out / "checkpoints").is_dir() and not never_saved(out):
@@ -202,35 +204,5 @@ def one(
         trainer = trainer_of(name, out, data, **how)
     if cut is not None:
         stop_at(trainer, cut - 1)
-    if broken == trainer.world.rank:
-        calls, loss = [], trainer.objective.loss
-
-        def failing(policy, batch):
-            calls.append(0)
-            if len(calls) > 20:
-                raise ArithmeticError("this process fails")
-            return loss(policy, batch)
-
-        trainer.objective.loss = failing
-    return trainer.fit().digest
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("cases", nargs="+", help="names of CASES")
-    parser.add_argument("--how", type=json.loads, default={}, help="fields of TrainConfig")
-    parser.add_argument("--cut", type=int)
-    parser.add_argument("--broken", type=int)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in options.cases:
-        digest = one(name, options.out / name, options.data, options.how, options.cut, options.broken)
-        if os.environ.get("RANK", "0") == "0":
-            print("DIGEST", name, digest, flush=True)
-
-
-if __name__ == "__main__":
-    sys.modules["tests.align.runs"] = sys.modules["__main__"]
-    main()
+    trainer.fit()
+    return trainer
