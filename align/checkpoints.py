@@ -190,7 +190,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, A
         ranks = [folder / f"rank-{rank:05d}.pt" for rank in range(config["processes"])]
         shards = [torch.load(path, map_location="cpu", weights_only=True) for path in ranks]
     except Exception as error:  # a torn file makes the unpickler raise almost anything
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}".split(". ")[0].splitlines()[0]  # torch's advice is not for us
         raise ValueError(f"checkpoint {folder} cannot be read ({reason}): resume from an older one") from error
     return config, state, shards
 
