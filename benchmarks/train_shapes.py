@@ -1,19 +1,20 @@
-"""How much reward a method buys with reward queries, network evaluations and seconds, at the same distance from the base model.
+"""How much reward every training method buys on the embedded model, at what cost, and whether it is real.
 
-Each method of configs/tiny listed below trains the embedded model by the embedded reward, and is judged on held-out prompts (fixed
-seeds) as it goes. The table reads every curve where its KL to the base first reaches the same value, by linear interpolation; a
-method that never gets there is read at its end and marked. Gold and diversity are not optimised by any.
+Each configuration of configs/tiny trains by the embedded reward (or by preferences made with it), for at most three minutes on two
+cores, and is judged as it goes on all held-out prompts, twice each, from the same seeds. No method optimises gold or diversity.
 
-The claim under test: backpropagation needs about 25 times fewer samples than policy gradients (AlignProp, 2310.03739, over DDPO).
+    gains       gold and proxy after training against before, paired over prompts; a gain counts beyond three standard errors
+    matched     the headline methods where their KL to the base first reaches the same value, by linear interpolation
+    claim       backpropagation needs about 25 times fewer samples than policy gradients (AlignProp, 2310.03739, over DDPO)
 
-    python benchmarks/train_shapes.py [--kl 10] [--seconds 150]
+    python benchmarks/train_shapes.py [--only alignprop ddpo] [--kl 30]     # others are read from the results
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import math
 import tempfile
 from pathlib import Path
 
@@ -23,54 +24,74 @@ matplotlib.use("Agg")
 import itertools
 
 import matplotlib.pyplot as plt
-import numpy as np
+import torch
+import yaml
 
 import align
 from align.evaluation import paired_gain
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-METHODS = ("alignprop", "draft-1", "refl", "ddpo", "grpo", "d3po", "online-dpo", "rwr")
+CONFIGS = {p.stem: p for p in sorted((ROOT / "configs" / "tiny").glob("*.yaml")) if p.stem != "steer"}
+HEADLINE = ("alignprop", "draft-1", "refl", "ddpo", "grpo", "d3po", "online-dpo", "rwr")
 GRADIENT = ("alignprop", "draft-1", "refl")
-COLOURS = dict(
-    zip(METHODS, ("#1f5fa8", "#56a0d8", "#0b3954", "#b3261e", "#e6a100", "#2a7d2a", "#8bc34a", "#8e44ad"), strict=True)
-)
+COLOURS = ("#1f5fa8", "#56a0d8", "#0b3954", "#b3261e", "#e6a100", "#2a7d2a", "#8bc34a", "#8e44ad")
 COSTS = {"reward": "reward queries", "network": "network evaluations", "seconds": "seconds"}
-SAMPLES, POINTS = 2, 8
+HELDOUT = ROOT / "assets" / "prompts" / "heldout.jsonl"
+SAMPLES, POINTS = 2, 4
+
+Curve = list[dict[str, float]]
 
 
-def run(method: str, folder: Path, prompts: int) -> list[dict[str, float]]:
-    """Trains one configuration; one point an evaluation."""
-    rows = (ROOT / "assets" / "prompts" / "heldout.jsonl").read_text().splitlines()
-    texts = [json.loads(row)["prompt"] for row in rows[:: max(1, len(rows) // prompts)]][:prompts]
-    config = ROOT / "configs" / "tiny" / f"{method}.yaml"
-    updates = align.TrainConfig.updates
-    for line in config.read_text().splitlines():
-        if line.startswith("updates:"):
-            updates = int(line.split(":")[1])
-    every = max(1, updates // POINTS)
-    how = {"eval_prompts": texts, "eval_samples": SAMPLES, "eval_every": every, "save_every": 10**6, "tracker": None}
-    result = align.train(config, out=str(folder), **how)
-    first, spent, points = result.evaluations[0][1], {"reward": 0.0, "network": 0.0, "seconds": 0.0}, []
+def run(config: Path, folder: Path) -> Curve:
+    """Trains a configuration as it stands; one point an evaluation."""
+    updates = yaml.safe_load(config.read_text())["updates"]
+    how = {"eval_prompts": [str(HELDOUT)], "eval_samples": SAMPLES, "eval_every": max(1, updates // POINTS)}
+    result = align.train(config, out=str(folder), save_every=10**6, tracker=None, **how)
+    first, points = result.evaluations[0][1], []
     for update, evaluation in result.evaluations:
-        if update:
-            row = result.log[update - 1]
-            spent = {"reward": row["reward_calls"], "network": row["network_calls"]}
-            spent["seconds"] = sum(r["seconds"] for r in result.log[:update])
-        gain, error = paired_gain(first.scores["gold"], evaluation.scores["gold"], SAMPLES)
-        point = {
-            "update": update,
-            **spent,
-            "proxy": evaluation.means()["CrossEncoder"],
-            "gold": evaluation.means()["gold"],
-        }
-        points.append(
-            {**point, "gold_gain": gain, "gold_error": error, "kl": evaluation.kl, "diversity": evaluation.diversity}
-        )
+        row = result.log[update - 1] if update else {}
+        point = {"update": update, "reward": row.get("reward_calls", 0.0), "network": row.get("network_calls", 0.0)}
+        point["seconds"] = sum(r["seconds"] for r in result.log[:update])
+        for name, short in (("CrossEncoder", "proxy"), ("gold", "gold")):
+            scores = evaluation.scores.get(name, torch.full_like(first.scores["gold"], torch.nan))
+            before = first.scores.get(name, scores)
+            gain, error = paired_gain(before, scores, SAMPLES) if scores.isfinite().any() else (math.nan, math.nan)
+            point |= {short: float(scores.nanmean()), f"{short}_gain": gain, f"{short}_error": error}
+        points.append({**point, "kl": evaluation.kl, "diversity": evaluation.diversity})
     return points
 
 
-def at_kl(points: list[dict[str, float]], kl: float) -> tuple[dict[str, float], bool]:
+def gains(curves: dict[str, Curve]) -> str:
+    """Markdown: every configuration, after training against before."""
+    head = [
+        "configuration",
+        "updates",
+        "seconds",
+        "reward queries",
+        "network evaluations",
+        "proxy",
+        "gold",
+        "gold gain ± s.e.",
+    ]
+    lines = [
+        f"| {' | '.join([*head, 'in s.e.', 'KL', 'diversity'])} |",
+        "| " + " | ".join(["---"] * (len(head) + 3)) + " |",
+    ]
+    for method, points in sorted(curves.items(), key=lambda item: -item[1][-1]["gold_gain"]):
+        first, last = points[0], points[-1]
+        cells = [method, *(f"{last[c]:.0f}" for c in ("update", "seconds", "reward", "network"))]
+        cells += [f"{first[s]:.3f} → {last[s]:.3f}" for s in ("proxy", "gold")]
+        cells += [
+            f"{last['gold_gain']:+.3f} ± {last['gold_error']:.3f}",
+            f"{last['gold_gain'] / last['gold_error']:+.1f}",
+        ]
+        cells += [f"{last['kl']:.0f}", f"{first['diversity']:.3f} → {last['diversity']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def at_kl(points: Curve, kl: float) -> tuple[dict[str, float], bool]:
     """The point of a curve where its KL first reaches a value, and whether it ever does."""
     for before, after in itertools.pairwise(points):
         if after["kl"] >= kl:
@@ -79,24 +100,22 @@ def at_kl(points: list[dict[str, float]], kl: float) -> tuple[dict[str, float], 
     return points[-1], False
 
 
-def table(curves: dict[str, list[dict[str, float]]], kl: float) -> str:
-    """Markdown, at matched KL."""
+def matched(curves: dict[str, Curve], kl: float) -> str:
+    """Markdown: the headline methods at one KL."""
     head = [
         "method",
         "KL",
         "proxy",
         "gold",
-        "gold − base",
+        "gold gain",
         "diversity",
         "reward queries",
         "network evaluations",
         "seconds",
     ]
     lines = [f"| {' | '.join(head)} |", "| " + " | ".join(["---"] * len(head)) + " |"]
-    base = curves[METHODS[0]][0]
-    lines.append(f"| base | 0 | {base['proxy']:.3f} | {base['gold']:.3f} | – | {base['diversity']:.3f} | 0 | 0 | 0 |")
-    for method, points in curves.items():
-        p, reached = at_kl(points, kl)
+    for method in (m for m in HEADLINE if m in curves):
+        p, reached = at_kl(curves[method], kl)
         cells = [method, f"{p['kl']:.1f}{'' if reached else ' (end)'}", f"{p['proxy']:.3f}", f"{p['gold']:.3f}"]
         cells += [f"{p['gold_gain']:+.3f} ± {p['gold_error']:.3f}", f"{p['diversity']:.3f}"]
         lines.append(
@@ -105,7 +124,7 @@ def table(curves: dict[str, list[dict[str, float]]], kl: float) -> str:
     return "\n".join(lines)
 
 
-def claim(curves: dict[str, list[dict[str, float]]], reference: str = "ddpo") -> list[str]:
+def claim(curves: dict[str, Curve], reference: str = "ddpo") -> list[str]:
     """Queries each method needs for the proxy gain that the reference ends with."""
     base = curves[reference][0]["proxy"]
     target = max(p["proxy"] for p in curves[reference])
@@ -113,7 +132,7 @@ def claim(curves: dict[str, list[dict[str, float]]], reference: str = "ddpo") ->
     lines = [
         f"For the proxy gain that {reference} reaches (+{target - base:.3f}, {most['reward']:.0f} reward queries):"
     ]
-    for method in GRADIENT:
+    for method in (m for m in GRADIENT if m in curves):
         for before, after in zip(curves[method], curves[method][1:], strict=False):
             if after["proxy"] >= target:
                 share = (target - before["proxy"]) / (after["proxy"] - before["proxy"])
@@ -126,16 +145,17 @@ def claim(curves: dict[str, list[dict[str, float]]], reference: str = "ddpo") ->
     return lines
 
 
-def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+def plot(curves: dict[str, Curve], path: Path) -> None:
     """Proxy and gold against each cost, and against KL."""
     panels = {**COSTS, "kl": "KL to the base (nats)"}
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.4), layout="constrained", sharey="row")
     for column, (cost, label) in enumerate(panels.items()):
         for row, score in enumerate(("proxy", "gold")):
             axis = axes[row, column]
-            for method, points in curves.items():
+            for method, colour in zip(HEADLINE, COLOURS, strict=True):
+                points = curves.get(method, [])
                 x, y = [p[cost] for p in points], [p[score] for p in points]
-                axis.plot(x, y, color=COLOURS[method], marker="o", markersize=3, label=method)
+                axis.plot(x, y, color=colour, marker="o", markersize=3, label=method)
             if cost != "seconds":
                 axis.set_xscale("symlog", linthresh=1 if cost == "kl" else 100)
             axis.grid(alpha=0.25)
@@ -150,24 +170,26 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kl", type=float, default=10.0, help="the distance at which methods are compared, in nats")
-    parser.add_argument("--prompts", type=int, default=60, help="held-out prompts")
-    parser.add_argument("--only", nargs="*", help="methods to run again; the others are read from the results")
+    parser.add_argument("--kl", type=float, default=30.0, help="the distance at which methods are compared, in nats")
+    parser.add_argument("--only", nargs="*", help="configurations to run again")
     options = parser.parse_args()
     path = RESULTS / "train_shapes.json"
-    curves = json.loads(path.read_text())["curves"] if options.only is not None and path.is_file() else {}
-    for method in METHODS:
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for method, config in CONFIGS.items():
         if options.only is None or method in options.only:
-            folder = Path(tempfile.mkdtemp())
-            curves[method] = run(method, folder / "run", options.prompts)
-            shutil.rmtree(folder)
-            print(method, json.dumps(curves[method][-1]), flush=True)
-    curves = {method: curves[method] for method in METHODS if method in curves}
-    means = {m: [{k: float(np.round(v, 5)) for k, v in p.items()} for p in points] for m, points in curves.items()}
-    text = table(curves, options.kl) + "\n\n" + "\n".join(claim(curves)) + "\n"
+            with tempfile.TemporaryDirectory() as folder:
+                points = run(config, Path(folder) / "run")
+            latest = (
+                json.loads(path.read_text()) if path.is_file() else {}
+            )  # another process may have written meanwhile
+            known = {**latest, method: [{k: round(v, 5) for k, v in p.items()} for p in points]}
+            path.write_text(json.dumps(known) + "\n")
+            print(gains({method: points}).splitlines()[-1], flush=True)
+    curves = {method: known[method] for method in CONFIGS if method in known}
+    text = gains(curves) + f"\n\nAt a KL of {options.kl:.0f} nats:\n\n" + matched(curves, options.kl) + "\n"
+    if "ddpo" in curves:
+        text += "\n" + "\n".join(claim(curves)) + "\n"
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"options": vars(options), "curves": means}) + "\n")
     path.with_suffix(".md").write_text(text)
     plot(curves, path.with_suffix(".png"))
 
