@@ -131,13 +131,13 @@ def _saved(policy: Policy, folder: Path, who: str) -> list[Path]:
         if not _layers(policy) or not hasattr(policy, "pipe"):
             save_file({n: p.detach().cpu().contiguous() for n, p in policy.trainable.items()}, folder / WEIGHTS)
             return [folder / WEIGHTS]
-        from diffusers.utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict
 
         pipe: Any = policy.pipe
         part = "unet" if getattr(pipe, "unet", None) is policy.network else "transformer"
         name = _layers(policy)[0].active_adapters[0]
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy.network, adapter_name=name))
+        # in peft's own names: in diffusers' older ones it loses attention where other layers have an adapter too
+        layers = get_peft_model_state_dict(policy.network, adapter_name=name)
         given = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": _metadata(policy, name)}
         type(pipe).save_lora_weights(folder, **given)
     return [folder / "pytorch_lora_weights.safetensors"]
