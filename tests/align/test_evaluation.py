@@ -28,7 +28,7 @@ def evaluator(policy, samples: int = 4, kernel=None, rows: int = 64, prompts=PRO
 
 
 def test_gains_are_paired():
-    """A difficulty that prompts have in common cancels, however large; samples of a prompt are averaged before the error is taken."""
+    """The difficulty of a prompt cancels, however large; samples of a prompt are averaged before the error is taken."""
     before, gain = torch.tensor([0.0, 2.0, 100.0, 102.0]), torch.tensor([1.0, 1.0, 2.0, 4.0])
     mean, error = paired_gain(before, before + gain, samples=2)
     assert mean == pytest.approx(2.0)

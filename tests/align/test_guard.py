@@ -99,9 +99,8 @@ def test_a_hacked_run_warns_stops_if_asked_and_keeps_the_best(data, tmp_path, ca
 
 def test_the_best_weights_are_the_adapter_whatever_comes_later(data, tmp_path, plain):
     """The judge likes the run until its reward turns round."""
-    trainer = trainer_of(
-        "Backprop", tmp_path / "run", data, eval_every=1, schedule="constant", ema=0.0, learning_rate=0.05
-    )
+    how = {"eval_every": 1, "schedule": "constant", "ema": 0.0, "learning_rate": 0.05, "betas": (0.0, 0.9)}
+    trainer = trainer_of("Backprop", tmp_path / "run", data, **how)
     seen, after = [], trainer._after_update
 
     def turning():
