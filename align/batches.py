@@ -162,7 +162,7 @@ class Batch:
         return self[(items[:, None] * self.members + torch.arange(self.members)).flatten()]
 
     def column(self, name: str) -> Tensor:
-        """A column, on the device of the rows.
+        """A column, on the device of the rows; float64 becomes float32 where the device has none (Apple GPUs).
 
         Raises:
             ValueError: the source did not make it.
@@ -171,7 +171,8 @@ class Batch:
             raise ValueError(
                 f"this loss needs the column {name!r}; the source made {sorted(self.columns)}: choose another source or option"
             )
-        return self.columns[name].to(_device(self.rows.cond))
+        column, device = self.columns[name], _device(self.rows.cond)
+        return (column.float() if column.is_floating_point() and device.type == "mps" else column).to(device)
 
     def having(self, **columns: Tensor) -> Batch:
         """With further columns."""

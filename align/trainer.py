@@ -384,7 +384,7 @@ class Trainer:
         self.evaluations = [(u, Evaluation(**e, media=torch.empty(0))) for u, e in state["evaluations"]]
         self.ledger.counts.update(state["ledger"])
         batches = [
-            Batch.restored(s["batch"], self.sampling.kernel, self.sampling.levels, self.sampling.shape)
+            Batch.restored(s["batch"], self.sampling.kernel, self.sampling.levels, self.sampling.shape, device)
             for s in shards if s["batch"] is not None
         ]  # fmt: skip
         if batches:

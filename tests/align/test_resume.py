@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from align import checkpoints
+from align.batches import Batch
 from align.config import TrainConfig
 from align.objectives import Backprop, PolicyGradient
 from align.sources import Rollouts
 from align.trainer import Trainer
+from samplers.families.gaussian import GaussianPolicy
 from tests.align import runs
 from tests.align.runs import CASES, Near, stop_at, trainer_of
 
@@ -78,6 +80,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, data, tmp_path, name, update, 
     assert (stopped.stopped, len(stopped.log)) == ("interrupted", update)
     assert Trainer.resume(tmp_path / "run").fit().stopped is None
     assert_same_run(tmp_path / "run", whole(name))
+
+
+def test_a_collection_goes_back_to_where_the_policy_is(data, tmp_path, monkeypatch):
+    """On a GPU too: a checkpoint is read on the CPU."""
+    stop_at(trainer_of("PolicyGradient", tmp_path / "run", data), 2).fit()
+    went, restored = [], Batch.restored
+
+    def seen(state, kernel, levels, shape, device="nowhere"):
+        went.append(device)
+        return restored(state, kernel, levels, shape, "cpu")
+
+    monkeypatch.setattr(Batch, "restored", seen)
+    monkeypatch.setattr(GaussianPolicy, "device", torch.device("cpu", 0), raising=False)
+    Trainer.resume(tmp_path / "run")
+    assert went == [torch.device("cpu", 0)]
 
 
 @pytest.mark.parametrize("name", ["PolicyGradient-running", "DiffusionNFT", "Backprop", "SePPO"])
