@@ -9,8 +9,9 @@ most losses, a winner and a loser for a pair, K for a ranked list. Indexing keep
     Noised   clean samples with their own noise draw (x0, eps, level)                (denoising losses, Diffusion-DPO)
 
 Columns by name: `reward` (B,); `advantage` (B,); `quality` (B,) higher is preferred within an item, equal is a tie; `label` (B,)
-1 desirable, 0 not; `weight` (B,) ≥ 0; `old` (B,) log-density of a step, or evidence of a noised row, when it was collected, and
-(B, T) on `Paths`; `group` (B,) the prompt a row belongs to; `keep` (B,) bool, false where a row must not be trained on.
+1 desirable, 0 not; `weight` (B,) ≥ 0, by which the loss of an item is multiplied (`Batch.mean`); `old` (B,) log-density of a
+step, or evidence of a noised row, when it was collected, and (B, T) on `Paths`; `group` (B,) the prompt a row belongs to; `keep`
+(B,) bool, false where a row must not be trained on.
 """
 
 from __future__ import annotations
@@ -173,6 +174,13 @@ class Batch:
             )
         column, device = self.columns[name], _device(self.rows.cond)
         return (column.float() if column.is_floating_point() and device.type == "mps" else column).to(device)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """The mean of losses, one an item or one a row, each multiplied by its column `weight` if there is one."""
+        if "weight" not in self.columns:
+            return losses.mean()
+        weight = self.column("weight").to(losses)
+        return (losses * (weight if len(losses) == len(self) else weight[:: self.members])).mean()
 
     def having(self, **columns: Tensor) -> Batch:
         """With further columns."""

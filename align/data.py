@@ -10,9 +10,10 @@ The format is JSON lines, UTF-8, one object a line, beside the files it names. P
     likes        {"prompt": …, "image": "a.png", "label": 1 or 0}       optional "seed": int
     captions     {"prompt": …, "image": "a.png"}                        optional "seed": int
 
-All take "negative" (prompt), "annotator" (name or number), "weight" (≥ 0) and "settings" (how the media were sampled). "latents"
-or "latent" name .safetensors files, instead of images or beside them; `media.py` says what they and images may be. A preference
-without an answer key, or a like without a label, is not judged yet: it is left out and counted, not broken.
+All take "negative" (prompt), "annotator" (name or number), "weight" (≥ 0, by which the row's loss is multiplied) and "settings"
+(how the media were sampled). "latents" or "latent" name .safetensors files, instead of images or beside them; `media.py` says what
+they and images may be. A preference without an answer key, or a like without a label, is not judged yet: it is left out and
+counted, not broken.
 
 Pick-a-Pic and HPD style parquet files, folders of them and hub data sets are read as the same records by `parquet.py`.
 

@@ -62,7 +62,7 @@ class MaPO(Objective):
         winner, loser = torch.where(order > 0, second, first), torch.where(order > 0, first, second)
         told_apart = order.abs()
         delta = told_apart * (likelihood(self.snr * winner) - likelihood(self.snr * loser))
-        loss = (told_apart * winner - self.beta * logsigmoid(self.steps * delta)).mean()
+        loss = batch.mean(told_apart * winner - self.beta * logsigmoid(self.steps * delta))
         return loss, {
             "accuracy": ((delta > 0).to(error) + 0.5 * (delta == 0).to(error)).mean(),
             "margin": self.steps * delta.detach().mean(),

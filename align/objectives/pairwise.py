@@ -179,9 +179,9 @@ class Pairwise(Objective):
             weights = lambda_weights(score.detach(), quality)
             each = torch.where(weights > 0, weights * each, 0.0).sum((1, 2))
         winner, loser = (now.reshape(-1, members).gather(1, which).squeeze(1) for which in (best, worst))
-        loss = each.mean()
+        loss = batch.mean(each)
         if self.sft:
-            loss = loss - self.sft * ((best != worst).squeeze(1).to(now) * winner).mean()
+            loss = loss - self.sft * batch.mean((best != worst).squeeze(1).to(now) * winner)
         margin = (score.gather(1, best) - score.gather(1, worst)).detach()
         return loss, {
             "accuracy": ((margin > 0).to(now) + 0.5 * (margin == 0).to(now)).mean(),

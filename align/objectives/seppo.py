@@ -130,7 +130,7 @@ class SePPO(Objective):
             sign = torch.where(winner.detach() <= 0, 1.0, -1.0).to(winner)
         inside = -self.beta / 2 * (winner - sign * sampled)
         errors_now = mine.detach().mean(0)
-        return -logsigmoid(inside).mean(), {
+        return batch.mean(-logsigmoid(inside)), {
             "preferring": (sign > 0).to(winner).mean(),  # the share of items with s = +1
             "margin": inside.detach().mean(),
             "winner_error": errors_now[0],

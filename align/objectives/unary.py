@@ -97,7 +97,7 @@ class Unary(Objective):
         good = label.to(gain)
         weight = self.desirable * good + self.undesirable * (1 - good)
         sign, x = 2 * good - 1, self.beta * (gain - baseline)
-        loss = (weight * (1 - worth(self.utility, x, sign))).mean()
+        loss = batch.mean(weight * (1 - worth(self.utility, x, sign)))
         right = (sign * x).detach()
         return loss, {
             "gain": gain.detach().mean(),

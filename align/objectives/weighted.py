@@ -78,7 +78,7 @@ class Weighted(Objective):
         assert isinstance(batch.rows, Noised)
         error = errors(policy, batch.rows, self.reduction)
         weight = self._weights(batch).to(error)
-        return (weight * error).mean(), {
+        return batch.mean(weight * error), {
             "error": error.detach().mean(),
             "weight": weight.mean(),
             "weight_squared": weight.square().mean(),  # 1 where all weigh the same; its inverse is the effective share

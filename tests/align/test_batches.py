@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from align.batches import Batch, Noised, Starts, concat
+from align.objectives import MaPO, Pairwise, Unary, Weighted
+from align.objectives.seppo import SePPO
 from rewards import Prompt
 from samplers import DDIM, Cond
 from samplers.families.gaussian import GaussianPolicy
-from tests.align.objectives.rows import noised, normal, paths
+from tests.align.objectives.rows import noised, normal, paths, trainable
 
 POLICY = GaussianPolicy([[0.4, -0.3]])
 KERNEL, LEVELS = DDIM(eta=1.0), POLICY.levels(3)
@@ -139,3 +141,23 @@ def test_noised_rows_lie_where_they_say():
     assert isinstance(rows, Noised)
     for i in range(COUNT):
         torch.testing.assert_close(rows.x[i], rows.at.alpha[i] * rows.x0[i] + rows.at.sigma[i] * rows.eps[i])
+
+
+@pytest.mark.parametrize(
+    "objective", [Pairwise(beta=9.0, sft=0.5), MaPO(), Unary(beta=5.0), Weighted("none"), SePPO(9.0)]
+)
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_weights_multiply_the_losses_of_items(objective, members):
+    """Those of a row of data: 0 leaves it out of the sum, 3 counts it three times, and 1 changes nothing."""
+    if members not in {"Unary": (1,), "Weighted": (1,), "Pairwise": (2, 3)}.get(type(objective).__name__, (2,)):
+        return
+    policy = trainable(shift=0.3)
+    policy.voices["old"] = policy.voices["reference"]
+    columns = {"quality": torch.arange(4.0 * members) % members / 2, "label": torch.arange(4.0 * members) % 2}
+    batch = Batch(noised(policy, 4, members), columns, members=members, shared={"baseline": torch.tensor(0.1)})
+    alone = torch.stack([objective.loss(policy, batch.take([i]))[0] for i in range(4)])
+    weights = torch.tensor([0.0, 1.0, 3.0, 0.5])
+    weighted = batch.having(weight=weights.repeat_interleave(members))
+    torch.testing.assert_close(objective.loss(policy, weighted)[0], (weights.double() * alone).mean())
+    even = objective.loss(policy, batch.having(weight=torch.ones(len(batch))))[0]
+    assert torch.equal(even, objective.loss(policy, batch)[0])
