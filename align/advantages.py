@@ -44,7 +44,9 @@ def advantages(kind: Advantage, rewards: Tensor, groups: Tensor, eps: float = 1e
         return a.nan_to_num(0.0).clamp(-clip, clip)
     _, index, sizes = groups.unique(return_inverse=True, return_counts=True)
     if int(sizes.max()) < 2:
-        raise ValueError(f"advantage {kind!r} compares the samples of a prompt: take at least two a prompt, got one each")
+        raise ValueError(
+            f"advantage {kind!r} compares the samples of a prompt: take at least two a prompt, got one each"
+        )
     if kind == "rank":
         return _ranks(r, index, len(sizes)).clamp(-clip, clip)
     gap = r - group_mean(r, groups)

@@ -53,4 +53,6 @@ class Memory:
             try:
                 policy.network.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
             except (ModuleNotFoundError, ImportError, AttributeError) as error:
-                raise ValueError(f"attention 'xformers' cannot be used here ({error}): pip install 'kilter[gpu]'") from error
+                raise ValueError(
+                    f"attention 'xformers' cannot be used here ({error}): pip install 'kilter[gpu]'"
+                ) from error
