@@ -73,7 +73,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/exchange.json"
-        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+        launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
         launch += [
             "--mixed_precision",
             "no",

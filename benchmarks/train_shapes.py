@@ -38,7 +38,7 @@ GRADIENT = ("alignprop", "draft-1", "refl")
 COLOURS = ("#1f5fa8", "#56a0d8", "#0b3954", "#b3261e", "#e6a100", "#2a7d2a", "#8bc34a", "#8e44ad")
 COSTS = {"reward": "reward queries", "network": "network evaluations", "seconds": "seconds"}
 HELDOUT = ROOT / "assets" / "prompts" / "heldout.jsonl"
-SAMPLES, POINTS = 2, 4
+SAMPLES, POINTS = 2, 3
 
 Curve = list[dict[str, float]]
 
