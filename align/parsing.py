@@ -39,15 +39,15 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None):  # type: ignore[override]
         unknown = re.findall(
-            r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)'|import path string: '?([\w.]+)", message
+            r"unrecognized arguments: --([\w.-]+)|[Oo]ption '([\w.]+)'|import path string: '?([\w.]+)", message
         )
         words = [word for groups in unknown for word in groups if word]
         for word in words:
-            if near := difflib.get_close_matches(word, self._vocabulary(), 1, 0.6):
+            if near := difflib.get_close_matches(word, self._vocabulary() - {word}, 1, 0.6):
                 message += f"\n  Did you mean {near[0]!r} instead of {word!r}?"
         super().error(message, ex)
 
-    def _vocabulary(self) -> list[str]:
+    def _vocabulary(self) -> set[str]:
         parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
         options = [o.lstrip("-") for p in parsers for a in getattr(p, "_actions", ()) for o in a.option_strings]
         classes = [cls for base in COMPONENTS.values() for cls in concrete(base)]
@@ -55,7 +55,8 @@ class Parser(ArgumentParser):
         prefixed = [
             f"{p}.{name}" for p in ("reward", "steering", "kernel", "objective", "source") for name in arguments
         ]
-        return [*options, *(cls.__name__ for cls in classes), *arguments, *prefixed]
+        fields = [o.rpartition(".")[2] for o in options]
+        return {*options, *fields, *(cls.__name__ for cls in classes), *arguments, *prefixed}
 
 
 def concrete(base: type) -> list[type]:
@@ -101,7 +102,9 @@ def build_parser() -> Parser:
     )
     steer.add_argument("--model", type=str, default=str(EMBEDDED), help="folder or hub id of a diffusers pipeline")
     steer.add_argument("--lora", type=Optional[str], help="LoRA weights: folder, file or hub id")
-    steer.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA: 0 is the base, 1 as trained")
+    steer.add_argument(
+        "--lora_scale", type=float, default=1.0, help="strength of the LoRA: 0 is the base, 1 as trained"
+    )
     steer.add_argument("--preview_vae", type=Optional[str], help="AutoencoderTiny for intermediate rewards")
     steer.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …")
     steer.add_argument("--dtype", type=Optional[Literal["float32", "float16", "bfloat16"]], help="of the networks")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rewards import Prompt
 
-__all__ = ["read_prompts", "world_prompts"]
+__all__ = ["given_prompts", "read_prompts", "world_prompts"]
 
 WORLDS = Path(__file__).resolve().parent.parent / "assets" / "prompts"
 
@@ -32,6 +32,13 @@ def read_prompts(given: Sequence[str]) -> list[Prompt]:
     if not prompts:
         raise ValueError("no prompts: pass at least one, or a .txt or .jsonl file that holds some")
     return prompts
+
+
+def given_prompts(prompts: Sequence[str | Prompt] | str | Prompt) -> list[Prompt]:
+    """Prompts, texts and files of them, as one list; empty if nothing is given."""
+    given = [prompts] if isinstance(prompts, (str, Path, Prompt)) else list(prompts)
+    texts = [p for p in given if not isinstance(p, Prompt)]
+    return [p for p in given if isinstance(p, Prompt)] + (read_prompts(texts) if texts else [])
 
 
 def world_prompts(world: str, split: str) -> list[Prompt]:

@@ -16,20 +16,19 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rewards import Prompt, Reward, as_prompts
+from rewards import Prompt, Reward
 from rewards.base import Configurable
 from samplers import Cond, Kernel, Ledger, Levels, Policy, RewardFailed
 from samplers.noise import mix
 
 from .advantages import Advantage, PromptStatistics, advantages, best_and_worst, normalised
 from .batches import Batch, Noised, Paths, Rows, Starts, Steps, concat
-from .prompts import read_prompts, world_prompts
+from .prompts import given_prompts, world_prompts
 from .sampling import Sampling
 from .world import World
 
@@ -184,7 +183,7 @@ class Prompts(Source):
     makes = Starts
 
     def __init__(self, prompts: Sequence[str] | str = ()) -> None:
-        self.prompts = _read(prompts)
+        self.prompts = given_prompts(prompts)
 
     def check(self, run: Run) -> None:
         run.world.share(run.batch)
@@ -262,7 +261,7 @@ class Rollouts(Source):
         if group == 1 and (pairs is not None or advantage not in ("none", "global", "running")):
             what = f"pairs={pairs!r}" if pairs is not None else f"advantage={advantage!r}"
             raise ValueError(f"{what} compares the samples of a prompt, so group must be ≥ 2; got 1")
-        self.prompts = _read(prompts)
+        self.prompts = given_prompts(prompts)
         self.group, self.evidence, self.updates, self.epochs = group, evidence, updates, epochs
         self.advantage: Advantage = advantage
         self.eps, self.clip, self.pairs = eps, clip, pairs
@@ -408,12 +407,6 @@ class Rollouts(Source):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.statistics.restore(state["statistics"])
-
-
-def _read(prompts: Sequence[str] | str) -> list[Prompt]:
-    given = [prompts] if isinstance(prompts, (str, Path, Prompt)) else list(prompts)
-    texts = [p for p in given if not isinstance(p, Prompt)]
-    return as_prompts([p for p in given if isinstance(p, Prompt)] + (read_prompts(texts) if texts else []))
 
 
 def _some(source: Source, prompts: list[Prompt], run: Run) -> list[Prompt]:
