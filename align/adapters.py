@@ -8,6 +8,7 @@ base of any precision. Files are in the diffusers format: `pipe.load_lora_weight
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from samplers import Policy
 
 __all__ = ["Lora", "add_lora", "digest", "merge", "prepare_trainable", "save_adapter", "set_scale"]
 
+logger = logging.getLogger("kilter")
 WEIGHTS = "trainable.safetensors"
 
 
@@ -42,6 +44,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"LoRA rank must be ≥ 1; got {self.rank}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"LoRA alpha must be > 0, or null for the rank; got {self.alpha}")
 
 
 def prepare_trainable(policy: Policy, lora: Lora | None, seed: int) -> None:
@@ -53,10 +57,13 @@ def prepare_trainable(policy: Policy, lora: Lora | None, seed: int) -> None:
     Raises:
         ValueError: LoRA targets that match nothing, or half-precision weights to train.
     """
-    if _layers(policy):  # continue an adapter; its beginning is the reference
+    if layers := _layers(policy):  # continue an adapter; its beginning is the reference
+        _tell_what_is_continued(policy, layers[0].active_adapters[0], lora)
         for name, parameter in policy.network.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif not policy.trainable and lora is not None:
+        if policy.adapter:
+            raise ValueError(f"{policy.adapter} holds all weights and no LoRA: set lora to null to go on training them")
         add_lora(policy, lora, seed)
         return
     elif not policy.trainable:
@@ -104,6 +111,19 @@ def add_lora(policy: Policy, lora: Lora, seed: int) -> None:
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _tell_what_is_continued(policy: Policy, name: str, lora: Lora | None) -> None:
+    """Says so where the adapter that is there is not the one that was asked for."""
+    own: Any = getattr(policy.network, "peft_config", {}).get(name)
+    if own is None or lora is None:
+        return
+    asked = (lora.rank, lora.rank if lora.alpha is None else lora.alpha)
+    if asked != (own.r, own.lora_alpha):
+        logger.warning(
+            "training goes on from the adapter that is loaded, of rank %d and alpha %g; the lora that was asked for, "
+            "of rank %d and alpha %g, is not used", own.r, own.lora_alpha, *asked,
+        )  # fmt: skip
 
 
 def save_adapter(policy: Policy, folder: Path, who: str = "policy") -> list[Path]:

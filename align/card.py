@@ -152,8 +152,8 @@ def _end(folder: Path, result: Mapping[str, Any]) -> str:
         lines += ["![Rewards, divergence and diversity against updates](curves.png)", ""]
     ledger = result["ledger"]
     lines += [
-        f"{ledger['network_evaluations']:,} network evaluations, {ledger['gradients']:,} gradients, {ledger['reward_calls']:,} "
-        f"reward calls; {shown(result['seconds'])} seconds of updates.",
+        f"{ledger['network_evaluations']:,} network evaluations, recomputation included, and {ledger['reward_calls']:,} reward "
+        f"calls in {shown(result['seconds'])} seconds of updates.",
         "",
         "<details><summary>Configuration</summary>",
         "",

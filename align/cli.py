@@ -22,6 +22,7 @@ from samplers.families import FAMILIES
 
 from .adapters import set_scale
 from .description import describe
+from .loading import usable
 from .parsing import COMPONENTS, Parser, build_parser, concrete, train_parser
 from .prompts import read_prompts
 from .results import Steered, prepare_folder
@@ -75,7 +76,10 @@ def _train(argv: list[str]) -> int:
     if trainer.world.first:
         for name in trainer.evaluator.panel:
             gain, error = result.gain(name)
-            print(f"{name:>16} {gain:+.3f} ± {error:.3f}", file=sys.stderr)
+            known = (
+                f"{gain:+.3f} ± {f'{error:.3f}' if error == error else '–'}" if gain == gain else "could not be judged"
+            )
+            print(f"{name:>16} {known}", file=sys.stderr)
         print(f"wrote {result.folder}", file=sys.stderr)
     if result.stopped is None:
         return 0
@@ -156,7 +160,7 @@ def _score(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     images = [load_image(path) for path in options.images]
     prompts = read_prompts(options.prompts) if options.prompts else []
     built = parser.instantiate(parsed).score
-    reward = built.reward.to(options.device) if options.device else built.reward
+    reward = built.reward.to(usable(options.device)) if options.device else built.reward
     scores = score(reward, images, prompts, batch=options.batch)
     texts = [p.text for p in prompts] * (len(images) if len(prompts) == 1 else 1) or [""] * len(images)
     for i, path in enumerate(options.images):

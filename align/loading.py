@@ -16,6 +16,8 @@ import torch
 from samplers.families import FAMILIES
 from samplers.policy import Policy
 
+from .adapters import WEIGHTS as ALL_WEIGHTS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -40,19 +42,21 @@ def load_policy(
         model: a folder in the diffusers layout, or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The
             default is the embedded model. A `generation_config.json` in the folder sets the defaults of `steps`
             ("num_inference_steps") and `guidance` ("guidance_scale"), and may name the "world" whose detector is gold.
-        lora: LoRA weights in the diffusers format: a folder, a file or a hub id.
+        lora: LoRA weights in the diffusers format: a folder, a file or a hub id; or the folder of a run that trained all weights.
         device: where to run; a GPU (CUDA, then Apple's) if there is one.
         dtype: of the networks, as a torch dtype or its name; float32 on the CPU, float16 elsewhere.
         preview_vae: an `AutoencoderTiny` (folder or hub id) that decodes intermediate estimates.
 
     Raises:
         FileNotFoundError: no such folder, or parts of it are missing.
-        ValueError: a pipeline of a family kilter does not know.
+        ValueError: a pipeline of a family kilter does not know, or a device that is not here.
     """
     model, lora, preview_vae = _expanded(model), lora and _expanded(lora), preview_vae and _expanded(preview_vae)
     config = _pipeline_config(model)
+    if lora is not None and not Path(lora).exists() and not HUB_ID.fullmatch(str(lora)):
+        raise FileNotFoundError(f"no LoRA {lora}: expected a folder or file here, or a hub id such as owner/name")
     family = _family(config, model)
-    device = torch.device(device or _best_device())
+    device = usable(device or _best_device())
     dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" else torch.float16)
 
     import diffusers
@@ -62,18 +66,50 @@ def load_policy(
     variant = "fp16" if weights and all(".fp16." in name for name in weights) else None
     with _quiet(diffusers), _named(model):
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, **unused)
-        if lora is not None:
+        whole = None if lora is None else Path(lora) / ALL_WEIGHTS
+        if lora is not None and not (whole and whole.is_file()):
             pipe.load_lora_weights(lora)
         tiny = None
         if preview_vae is not None:
             tiny = diffusers.AutoencoderTiny.from_pretrained(preview_vae, dtype=dtype)
     policy = family(pipe.to(device), preview_vae=tiny).to(device)
+    if whole is not None and whole.is_file():
+        _replace_weights(policy.network, whole)
     defaults = _generation_config(model)
     policy.steps = int(defaults.get("num_inference_steps", policy.steps))
     policy.guidance = float(defaults.get("guidance_scale", policy.guidance))
     policy.source, policy.world = str(model), str(defaults.get("world", ""))
     policy.adapter = "" if lora is None else str(lora)
     return policy
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch has one of each
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here, expected cpu, cuda, cuda:1, mps …: {reason}"
+        ) from error
+
+
+def _replace_weights(network: torch.nn.Module, file: Path) -> None:
+    """Puts the weights of a run that trained the network itself in the place of the network's own."""
+    from safetensors.torch import load_file
+
+    weights, own = load_file(file), network.state_dict()
+    strange = [name for name, w in weights.items() if name not in own or own[name].shape != w.shape]
+    if strange:
+        raise ValueError(
+            f"{file} has a {tuple(weights[strange[0]].shape)} {strange[0]!r}, which {type(network).__name__} has not: "
+            "load it over the model it was trained from"
+        )
+    network.load_state_dict(weights, strict=False)
 
 
 def _pipeline_config(model: str | Path) -> Mapping[str, Any]:

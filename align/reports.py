@@ -51,6 +51,7 @@ __all__ = ["Report", "TrainResult"]
 
 logger = logging.getLogger("kilter")
 LOG, EVALUATIONS, RESULT = "log.jsonl", "evaluations.jsonl", "result.json"
+COUNTED = ("network_evaluations", "reward_calls")  # what training counts, recomputation in backward passes included
 MOST_BESIDE = 4  # samples of a prompt before, and as many after
 
 
@@ -262,7 +263,7 @@ class Report:
                 "over_optimised": [
                     u for i, (u, _) in enumerate(evaluations) if hacked(evaluations[: i + 1], optimised, judge, samples)
                 ],
-                "ledger": ledger.as_dict(),
+                "ledger": {name: n for name, n in ledger.as_dict().items() if name in COUNTED},
                 "seconds": math.fsum(s for row in log if math.isfinite(s := row.get("seconds", 0.0))),
                 "stopped": stopped,
             }

@@ -31,6 +31,7 @@ from .batches import Batch, concat
 from .config import FREE_TO_CHANGE, TrainConfig
 from .description import build, build_policy, describe, describe_policy, differences
 from .evaluation import Evaluation, Evaluator, judged_prompts
+from .fitting import check_parts, optimised_reward
 from .guard import best, hacked, held_out
 from .objectives.base import Objective
 from .panel import gold_of, panel_of
@@ -67,7 +68,7 @@ class Trainer:
     ) -> None:
         self.world = World(cpu=policy.device.type == "cpu")
         self.policy, self.config = policy, config
-        self.reward = reward = objective.reward or source.reward
+        self.reward = reward = optimised_reward(objective, source)
         self.objective, self.source = objective.bind(reward), source.bind(reward)
         self.sampling = Sampling.of(
             policy, config.kernel, config.steps, config.guidance, config.size, config.sample_rows
@@ -77,7 +78,8 @@ class Trainer:
         self.ledger = Ledger()
         self.stop = Stop(at_once=self.world.size == 1)
         self.run = Run(policy, self.sampling, self.world, config.seed, config.batch, self.ledger, self.stop.check)
-        self._check()
+        check_parts(self.run, self.objective, self.source, config.panel)
+        policy.voices.clear()  # of an earlier run
         prepare_trainable(policy, config.lora, mix(config.seed, 0))
         self.stepper = Stepper(policy, config, self.world)
         prompts = judged_prompts(config.eval_prompts, policy.world, source.prompts_for_evaluation())
@@ -104,39 +106,10 @@ class Trainer:
         known = {"judge": self.judge, "optimised": self.optimised}
         self.report = Report(self.out, config.tracker, self.description, **known) if self.world.first else None
         self.unsaved = False
-        self.saved: tuple[int, int] | None = (
-            None  # the update and evaluations of the newest checkpoint in the run's folder
-        )
+        # the update and evaluations of the newest checkpoint in the run's folder
+        self.saved: tuple[int, int] | None = None
         if self.report and not resumed:
             self.report.rewind([], [])
-
-    # Setting up
-
-    def _check(self) -> None:
-        """Whether source and objective fit each other, the policy and the processes."""
-        self.objective.check(self.policy)
-        if self.source.makes not in self.objective.takes:
-            takes = " or ".join(kind.__name__ for kind in self.objective.takes)
-            raise ValueError(
-                f"{type(self.objective).__name__} takes {takes} rows, but {type(self.source).__name__} makes "
-                f"{self.source.makes.__name__}: choose a source of kind {self.objective.source!r}, or its evidence"
-            )
-        if missing := [c for c in self.objective.needs if c not in self.source.columns]:
-            raise ValueError(
-                f"{type(self.objective).__name__} needs {missing}, which {type(self.source).__name__} does not make; "
-                f"it makes {list(self.source.columns)}"
-            )
-        wanted, got = self.objective.members, self.source.members
-        if wanted != got and not (wanted == 0 and got > 1):
-            raise ValueError(
-                f"{type(self.objective).__name__} needs items of {wanted or 'two or more'} rows, "
-                f"{type(self.source).__name__} makes items of {got}: set its pairs"
-            )
-        for reward in (r for r in (self.objective.reward, *self.config.panel) if r is not None):
-            if reward.modality != self.policy.modality:
-                raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {self.policy.modality}")
-        self.source.check(self.run)
-        self.objective.check_source(self.source, self.sampling)
 
     # Running
 
@@ -181,12 +154,19 @@ class Trainer:
         self.update, self.position = self.update + 1, self.position + 1
         if self.position == self.source.updates * self.source.epochs:
             self.batch, self.iteration = None, self.iteration + 1
-        spent = {f"{on}_calls": count for on, count in self.ledger.counts.items() if on in ("network", "reward")}
+        spent = {f"{on}_calls": count for on, count in self._spent().counts.items() if on in ("network", "reward")}
         seconds = time.perf_counter() - began
         row = {"update": self.update, **metrics, **self.collected, **spent, "seconds": seconds}
         self.log.append(row)
         if self.report:
             self.report.row(row, self.config.updates)
+
+    def _spent(self) -> Ledger:
+        """What all processes have spent."""
+        total = Ledger()
+        for counts in self.world.objects([self.ledger.counts]):
+            total.counts = {on: count + counts[on] for on, count in total.counts.items()}
+        return total
 
     def _collect(self) -> Batch:
         before = self.source.state()
@@ -311,7 +291,7 @@ class Trainer:
             "evaluations": [
                 (u, {"scores": e.scores, "kl": e.kl, "diversity": e.diversity}) for u, e in self.evaluations
             ],
-            "ledger": dict(self.ledger.counts),
+            "ledger": self._spent().counts,
             "digest": digest(self.policy),
         }
         mine = {"batch": self.batch and self.batch.state(), "generators": checkpoints.generators()}
@@ -358,12 +338,16 @@ class Trainer:
         train = replace(build(recorded["train"]), **changes)
         learns: Objective = objective or build(recorded["objective"])
         takes: Source = source or build(recorded["source"])
-        reward = learns.reward or takes.reward or build(recorded["reward"])
+        reward = optimised_reward(learns, takes) or build(recorded["reward"])
         policy = policy or build_policy(recorded["policy"])
         trainer = cls(policy, learns.bind(reward), takes.bind(reward), train, resumed=same)
         trainer.description = {**recorded, "train": describe(train)}
         trainer._restore(state, shards)
         trainer.saved = (trainer.update, len(trainer.evaluations)) if same and inside else None
+        if trainer.update >= train.updates:
+            logger.warning("%s has made its %d updates: to go on, resume with more updates", path, trainer.update)
+        elif train.schedule != "constant" and train.updates != (before := recorded["train"]["init_args"]["updates"]):
+            logger.warning("the %s learning rate now ends at update %d, not %d", train.schedule, train.updates, before)
         return trainer
 
     def _restore(self, state: Mapping[str, Any], shards: list[dict[str, Any]]) -> None:
@@ -382,7 +366,8 @@ class Trainer:
         self.source.restore(state["source"])
         self.log = list(state["log"])
         self.evaluations = [(u, Evaluation(**e, media=torch.empty(0))) for u, e in state["evaluations"]]
-        self.ledger.counts.update(state["ledger"])
+        if self.world.first:  # it is that of all processes
+            self.ledger.counts.update(state["ledger"])
         batches = [
             Batch.restored(s["batch"], self.sampling.kernel, self.sampling.levels, self.sampling.shape, device)
             for s in shards if s["batch"] is not None
@@ -397,9 +382,10 @@ class Trainer:
             self.report.rewind(self.log, self.evaluations)
 
     def _finish(self) -> TrainResult:
+        spent = self._spent()
         if self.report is not None:
             self.report.finish(
-                self.log, self.evaluations, self.evaluator, self.judge, self.optimised, self.ledger, self.stopped
+                self.log, self.evaluations, self.evaluator, self.judge, self.optimised, spent, self.stopped
             )
         self.world.wait()
         return TrainResult(

@@ -39,6 +39,7 @@ class Objective(Configurable, ABC):
         needs: columns it reads.
         members: rows an item must have; 0 for any number above one.
         reward: what is optimised, for the objectives that ask a reward themselves.
+        remembers: earlier weights it keeps from the start, by the names under which they may speak for a source.
     """
 
     source: Literal["prompts", "rollouts", "data"]
@@ -46,6 +47,7 @@ class Objective(Configurable, ABC):
     needs: tuple[str, ...] = ()
     members: int = 1
     reward: Reward | None = None
+    remembers: tuple[str, ...] = ()
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Metrics]:

@@ -63,6 +63,7 @@ class DiffusionNFT(Objective):
     source = "rollouts"
     takes = (Noised,)
     needs = ("advantage",)
+    remembers = ("old",)
 
     def __init__(
         self,

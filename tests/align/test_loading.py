@@ -6,6 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from align import load_policy
 from samplers import ODE, SeededNoise, rollout
@@ -148,6 +149,29 @@ def test_unknown_families_list_the_known(tiny_folder, tmp_path):
         ValueError, match="ShapEPipeline, which kilter cannot drive yet; supported: StableDiffusionPipeline"
     ):
         load_policy(folder)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps:7"])
+def test_devices_that_are_not_here(tiny_folder, device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here, expected cpu, cuda"):
+        load_policy(tiny_folder, device=device)
+
+
+def test_all_weights_of_a_run_are_loaded_like_a_lora(tiny_folder, tmp_path):
+    policy = load_policy(tiny_folder)
+    changed = {name: w + 0.01 for name, w in policy.network.named_parameters()}
+    save_file(changed, tmp_path / "trainable.safetensors")
+    again = load_policy(tiny_folder, lora=tmp_path)
+    assert all(torch.equal(w, changed[name]) for name, w in again.network.named_parameters())
+    assert again.adapter == str(tmp_path)
+    save_file({"elsewhere": torch.zeros(2)}, tmp_path / "trainable.safetensors")
+    with pytest.raises(ValueError, match=r"'elsewhere', which UNet2DConditionModel has not"):
+        load_policy(tiny_folder, lora=tmp_path)
+
+
+def test_a_lora_that_is_not_there(tiny_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no LoRA .*nowhere: expected a folder or file"):
+        load_policy(tiny_folder, lora=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("name", "said"), [("/no/such/folder", "no folder"), ("owner/name", "neither a folder")])

@@ -47,6 +47,30 @@ def test_the_table_says_where_batches_come_from(name, data):
     assert objective.source in kinds
 
 
+def test_the_reward_that_scores_the_samples_is_the_optimised_one(tmp_path):
+    """A source's own reward wins over the run's, unless the objective asks a reward itself."""
+    policy, near, far = GaussianPolicy([[0.4, -0.3]]), Near(), runs.Far()
+    rolled = Rollouts(runs.PROMPTS, group=2, reward=far)
+    trainer = Trainer(policy, PolicyGradient().bind(near), rolled.bind(near), config_of(tmp_path / "a"))
+    assert (trainer.reward, trainer.optimised) == (far, "Far")
+    prompts = Prompts(runs.PROMPTS).bind(far)
+    assert Trainer(policy, Backprop(reward=near), prompts, config_of(tmp_path / "b")).reward is near
+
+
+def test_a_run_knows_nothing_of_the_one_before(data, tmp_path):
+    """The moving average that an earlier run left on the policy is not what a later one without any is judged by."""
+    policy = GaussianPolicy(runs.MEANS, [0.6, 0.8], [0.5, 0.5])
+    trainer_of("Backprop", tmp_path / "one", data, policy=policy, ema=0.9, updates=2).fit()
+    assert trainer_of("Backprop", tmp_path / "two", data, policy=policy, ema=0.0).speaker == "policy"
+
+
+def test_speakers_that_no_objective_remembers(tmp_path):
+    source = Rollouts(runs.PROMPTS, group=2, speaker="old")
+    with pytest.raises(ValueError, match=r"PolicyGradient keeps no weights called 'old'.* policy, reference$"):
+        Trainer(GaussianPolicy([[0.4, -0.3]]), PolicyGradient(), source.bind(Near()), config_of(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 # An update
 
 
