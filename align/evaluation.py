@@ -96,7 +96,7 @@ class Evaluator:
                 self._divergence(
                     policy,
                     Batch(Paths(path.latents, path.cond, self.sampling.kernel, self.sampling.levels)),
-                    seeds,
+                    [p * self.samples + s for p, s in part],
                     who,
                 )
             )
@@ -106,13 +106,16 @@ class Evaluator:
         kl = float(whole.pop("kl").mean())
         return Evaluation(whole, kl, diversity(pixels, self.samples), pixels)
 
-    def _divergence(self, policy: Policy, batch: Batch, seeds: Sequence[int], who: str) -> Tensor:
-        """(B,) unbiased estimates of Σ_t KL(policy step ‖ reference step): one stochastic step a row, times their number."""
+    def _divergence(self, policy: Policy, batch: Batch, places: Sequence[int], who: str) -> Tensor:
+        """(B,) unbiased estimates of Σ_t KL(policy step ‖ reference step): one stochastic step a row, times their number.
+
+        The steps take turns over all rows, for a few of them make up most of the sum.
+        """
         noisy = (self.sampling.kernel.stds(self.sampling.levels) > 0).nonzero().flatten()
         if not len(noisy):
             return torch.full((len(batch),), math.nan)
-        drawn = torch.tensor([mix(seed, 7) % len(noisy) for seed in seeds])
-        rows = batch.steps(noisy[drawn][:, None]).rows
+        turns = torch.randperm(len(noisy), generator=torch.Generator().manual_seed(mix(self.seed, 7)))
+        rows = batch.steps(noisy[turns[torch.tensor(places) % len(noisy)]][:, None]).rows
         with torch.no_grad():
             with policy.acting_as(who):
                 mine = law(policy, rows)  # pyright: ignore

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import align.evaluation
 from align.batches import Batch, Paths
 from align.evaluation import MOST, Evaluator, diversity, judged_prompts, paired_gain
 from align.evidence import law
@@ -108,6 +109,21 @@ def test_divergence_is_that_of_paths():
         with policy.acting_as("reference"):
             exact = mine.kl(law(policy, rows)).reshape(len(batch), -1).sum(1)
     assert judge(policy, WORLD).kl == pytest.approx(float(exact.mean()), rel=0.1)
+
+
+def test_divergence_asks_every_step_equally_often(monkeypatch):
+    """However few the rows are: late steps can make up most of the sum, and must not be missed by chance."""
+    asked, real = [], align.evaluation.law
+
+    def seen(policy, rows):
+        asked.extend(rows.step.tolist())
+        return real(policy, rows)
+
+    monkeypatch.setattr(align.evaluation, "law", seen)
+    judge = evaluator(policy := trainable(0.5))
+    judge.prompts, judge.samples = judge.prompts[:1], 2 * judge.sampling.levels.steps
+    judge(policy, WORLD)
+    assert sorted(asked) == sorted(4 * list(range(judge.sampling.levels.steps)))
 
 
 def test_deterministic_paths_have_no_divergence():
