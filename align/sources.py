@@ -16,18 +16,19 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rewards import Prompt, Reward
 from rewards.base import Configurable
-from samplers import Cond, Kernel, Ledger, Levels, Policy, RewardFailed
+from samplers import Ledger, Levels, Policy, RewardFailed
 from samplers.noise import mix
 
 from .advantages import Advantage, PromptStatistics, advantages, best_and_worst, normalised
 from .batches import Batch, Noised, Paths, Rows, Starts, Steps, concat
+from .drawing import noised, pick, trainable_steps, unfolded
 from .prompts import given_prompts, world_prompts
 from .sampling import Sampling
 from .world import World
@@ -117,61 +118,6 @@ class Source(Configurable, ABC):
         """Puts `state()` back."""
 
 
-def pick(count: int, start: int, size: int, seed: int) -> list[int]:
-    """`count` indices below `size` from place `start` of an endless sequence that shuffles afresh after each pass."""
-    places = range(start, start + count)
-    orders = {
-        epoch: torch.randperm(size, generator=torch.Generator().manual_seed(mix(seed, epoch))).tolist()
-        for epoch in {place // size for place in places}
-    }
-    return [orders[place // size][place % size] for place in places]
-
-
-def noised(
-    policy: Policy, x0: Tensor, cond: Cond, seeds: Sequence[int], members: int, draws: int, t: str = "uniform"
-) -> tuple[Noised, Tensor]:
-    """Draws noise and level for clean samples; the members of an item share them.
-
-    Args:
-        x0: (B, …), B a multiple of `members`.
-        seeds: one an item.
-        draws: independent draws an item.
-        t: how levels are drawn: "uniform" in the network's time, or "logit_normal" (SD3, 2403.03206).
-
-    Returns:
-        The rows (B·draws), item by item and draw by draw, and which row of x0 each came from.
-    """
-    levels, eps = [], []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(draws):
-            u = torch.rand((), generator=generator, dtype=torch.float64)
-            if t == "logit_normal":
-                u = torch.randn((), generator=generator, dtype=torch.float64).sigmoid()
-            levels += [u] * members
-            eps += [torch.randn(x0.shape[1:], generator=generator)] * members
-    row = torch.arange(len(x0)).reshape(-1, 1, members).expand(-1, draws, -1).flatten()
-    there = row.to(x0.device)
-    return Noised(x0[there], torch.stack(eps).to(x0), policy.training_levels(torch.stack(levels)), cond[there]), row
-
-
-def trainable_steps(kernel: Kernel, levels: Levels, skip_last: int) -> Tensor:
-    """The steps that have a density, without the last few."""
-    noisy = (kernel.stds(levels) > 0).nonzero().flatten()
-    return noisy[noisy < levels.steps - skip_last]
-
-
-def unfolded(batch: Batch, seed: int, fraction: float, skip_last: int) -> Batch:
-    """Recorded trajectories as a share of their trainable steps, drawn for each item by its number; other rows as they are."""
-    if not isinstance(batch.rows, Paths):
-        return batch
-    noisy = trainable_steps(batch.rows.kernel, batch.rows.levels, skip_last)
-    count = max(1, round(fraction * len(noisy)))
-    item = batch.columns["item"].reshape(-1, batch.members)[:, 0].tolist()
-    order = [torch.randperm(len(noisy), generator=torch.Generator().manual_seed(mix(seed, i))) for i in item]
-    return batch.steps(noisy[torch.stack(order)[:, :count].sort(1).values])
-
-
 class Prompts(Source):
     """Prompts and seeds from which an objective rolls out itself, with gradient.
 
@@ -253,11 +199,30 @@ class Rollouts(Source):
         speaker: str = "policy",
         reward: Reward | None = None,
     ) -> None:
-        for name, value in (("group", group), ("updates", updates), ("epochs", epochs), ("draws", draws)):
+        counts = {
+            "group": group,
+            "updates": updates,
+            "epochs": epochs,
+            "draws": draws,
+            "buffer": buffer,
+            "least": least,
+        }
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be ≥ 1; got {value}")
+        words = {"evidence": (evidence, ("steps", "clean")), "advantage": (advantage, get_args(Advantage))}
+        words |= {"pairs": (pairs, (None, "best_worst", "all", "list")), "t": (t, ("uniform", "logit_normal"))}
+        for name, (word, known) in words.items():
+            if word not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {word!r}")
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must lie in (0, 1]; got {timestep_fraction}")
+        if skip_last < 0 or not clip > 0:
+            raise ValueError(f"skip_last must be ≥ 0 and clip > 0; got {skip_last} and {clip}")
+        if evidence == "steps" and (draws != 1 or t != "uniform" or guided):
+            raise ValueError('draws, t and guided are for evidence="clean": steps are taken as they were sampled')
+        if evidence == "clean" and (timestep_fraction != 1 or skip_last):
+            raise ValueError('timestep_fraction and skip_last are for evidence="steps": clean samples have no steps')
         if group == 1 and (pairs is not None or advantage not in ("none", "global", "running")):
             what = f"pairs={pairs!r}" if pairs is not None else f"advantage={advantage!r}"
             raise ValueError(f"{what} compares the samples of a prompt, so group must be ≥ 2; got 1")

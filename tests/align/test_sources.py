@@ -251,3 +251,24 @@ def test_running_statistics_outlive_a_collection():
 def test_values_out_of_range(how, said):
     with pytest.raises(ValueError, match=said):
         Rollouts(PROMPTS, **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"evidence": "step"}, r"evidence must be one of steps, clean; got 'step'"),
+        ({"advantage": "groups"}, r"advantage must be one of group, .*; got 'groups'"),
+        ({"pairs": "best"}, r"pairs must be one of None, best_worst, all, list; got 'best'"),
+        ({"t": "normal", "evidence": "clean"}, r"t must be one of uniform, logit_normal; got 'normal'"),
+        ({"skip_last": -1}, r"skip_last must be ≥ 0"),
+        ({"buffer": 0}, r"buffer must be ≥ 1; got 0"),
+        ({"clip": 0.0}, r"clip > 0"),
+        ({"draws": 2}, r"draws, t and guided are for evidence=.clean."),
+        ({"guided": True}, r"draws, t and guided are for evidence=.clean."),
+        ({"evidence": "clean", "skip_last": 1}, r"skip_last are for evidence=.steps."),
+        ({"evidence": "clean", "timestep_fraction": 0.5}, r"timestep_fraction and skip_last are for"),
+    ],
+)
+def test_words_and_numbers_that_would_be_guessed_at_or_ignored(how, said):
+    with pytest.raises(ValueError, match=said):
+        Rollouts(PROMPTS, **how)
