@@ -8,6 +8,9 @@ cores, and is judged as it goes on all held-out prompts, twice each, from the sa
     claim       backpropagation needs about 25 times fewer samples than policy gradients (AlignProp, 2310.03739, over DDPO)
 
     python benchmarks/train_shapes.py [--only alignprop ddpo] [--kl 30]     # others are read from the results
+    python benchmarks/train_shapes.py --time                                # on an idle machine: seconds alone, from a few updates
+
+Seconds are those of `--time`: the mean over a few updates of each configuration on both cores, times the number of updates.
 """
 
 from __future__ import annotations
@@ -60,6 +63,21 @@ def run(config: Path, folder: Path) -> Curve:
             point |= {short: float(scores.nanmean()), f"{short}_gain": gain, f"{short}_error": error}
         points.append({**point, "kl": evaluation.kl, "diversity": evaluation.diversity})
     return points
+
+
+def update_seconds(config: Path) -> float:
+    """Mean seconds of an update, over whole collections, after one that warms up."""
+    collection = 4  # at most, in configs/tiny
+    with tempfile.TemporaryDirectory() as folder:
+        how = {
+            "eval_prompts": ["a red circle"],
+            "eval_samples": 1,
+            "eval_every": 0,
+            "tracker": None,
+            "updates": 3 * collection,
+        }
+        log = align.train(config, out=f"{folder}/run", save_every=10**6, **how).log
+    return sum(row["seconds"] for row in log[collection:]) / (2 * collection)
 
 
 def gains(curves: dict[str, Curve]) -> str:
@@ -172,11 +190,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kl", type=float, default=30.0, help="the distance at which methods are compared, in nats")
     parser.add_argument("--only", nargs="*", help="configurations to run again")
+    parser.add_argument("--time", action="store_true", help="measure seconds alone")
     options = parser.parse_args()
     path = RESULTS / "train_shapes.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     for method, config in CONFIGS.items():
-        if options.only is None or method in options.only:
+        if options.time and method in known:
+            seconds = update_seconds(config)
+            for point in known[method]:
+                point["seconds"] = round(seconds * point["update"], 2)
+            path.write_text(json.dumps(known) + "\n")
+            print(f"{method}: {seconds:.2f} s an update", flush=True)
+        elif options.only is None or method in options.only:
             with tempfile.TemporaryDirectory() as folder:
                 points = run(config, Path(folder) / "run")
             latest = (
