@@ -15,5 +15,6 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Runs without curves, which take longer than the training of these tests."""
+    """Runs without curves, and without waiting for the disk: both take longer than the training of these tests."""
     monkeypatch.setattr("align.reports.draw_curves", lambda *args, **how: None)
+    monkeypatch.setattr("align.checkpoints.os.fsync", lambda descriptor: None)

@@ -35,7 +35,7 @@ LAUNCH = [
     "--dynamo_backend=no",
 ]
 # statistics of groups, of the whole update, of prompts over time; an earlier policy; a gradient through the sampler
-SHARING = ["PolicyGradient-running", "Pairwise-clean", "Unary", "Weighted-softmax", "DiffusionNFT", "Backprop", "SePPO"]
+SHARING = ["PolicyGradient-running", "Unary", "Weighted-softmax", "DiffusionNFT", "Backprop"]
 pytestmark = pytest.mark.usefixtures("plain")
 
 
