@@ -72,8 +72,9 @@ def whole(tmp_path_factory, data):
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("update", "call"), [(3, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("name", "update", "call"), [*((name, 3, 2) for name in CASES), ("PolicyGradient", 4, 1), ("SePPO", 4, 1)]
+)
 def test_a_stopped_run_goes_on_bit_for_bit(whole, data, tmp_path, name, update, call):
     """After three of the four updates of a collection, between micro-batches; and at the start of another."""
     stopped = stop_at(trainer_of(name, tmp_path / "run", data), update, call).fit()

@@ -78,7 +78,7 @@ def test_speakers_that_no_objective_remembers(tmp_path):
 def test_micro_batches_add_up_to_the_batch(name, data, tmp_path):
     """However an update is cut: weights, moving averages, earlier policies, losses and gradient norms agree to rounding."""
     results = []
-    for micro in (1000, 5, 1):
+    for micro in (1000, 5):
         trainer = trainer_of(name, tmp_path / str(micro), data, micro_batch=micro, updates=3, eval_every=0)
         results.append((trainer.fit().log, weights(trainer), trainer.policy.voices))
     close = CLOSE.get(name, 1e-12)
