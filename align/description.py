@@ -13,6 +13,7 @@ import torch
 
 from samplers import Policy
 
+from . import sharding
 from .loading import load_policy
 
 __all__ = ["build", "build_policy", "describe", "describe_policy", "differences"]
@@ -82,4 +83,5 @@ def build_policy(description: Mapping[str, Any]) -> Policy:
     if "model" not in description:
         return build(description)
     device = None if description["device"] == "cuda" else description["device"]
-    return load_policy(description["model"], lora=description["adapter"], dtype=description["dtype"], device=device)
+    how = {"dtype": description["dtype"], "device": device, "waiting": sharding.asked()}
+    return load_policy(description["model"], lora=description["adapter"], **how)

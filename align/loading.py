@@ -35,6 +35,7 @@ def load_policy(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     preview_vae: str | Path | None = None,
+    waiting: bool = False,
 ) -> Policy:
     """Loads a diffusers pipeline as a policy.
 
@@ -46,6 +47,7 @@ def load_policy(
         device: where to run; a GPU (CUDA, then Apple's) if there is one.
         dtype: of the networks, as a torch dtype or its name; float32 on the CPU, float16 elsewhere.
         preview_vae: an `AutoencoderTiny` (folder or hub id) that decodes intermediate estimates.
+        waiting: leave the denoising network on the CPU, from where training shards it over devices.
 
     Raises:
         FileNotFoundError: no such folder, or parts of it are missing.
@@ -72,7 +74,10 @@ def load_policy(
         tiny = None
         if preview_vae is not None:
             tiny = diffusers.AutoencoderTiny.from_pretrained(preview_vae, dtype=dtype)
-    policy = family(pipe.to(device), preview_vae=tiny).to(device)
+    policy = family(pipe if waiting else pipe.to(device), preview_vae=tiny)
+    for part in policy.children() if waiting else (policy,):
+        if part is not policy.network:
+            part.to(device)
     if whole is not None and whole.is_file():
         _replace_weights(policy.network, whole)
     defaults = _generation_config(model)

@@ -48,7 +48,7 @@ class Stepper:
     def step(
         self, objective: Objective, policy: Policy, batch: Batch, update: int, check: Callable[[], None]
     ) -> dict[str, float]:
-        """One step on this process's items; none may be left of them.
+        """One step on those of this process's items that may be trained on; these may be none.
 
         Args:
             update: counted from 0.
@@ -60,11 +60,15 @@ class Stepper:
         Raises:
             RewardFailed: the loss asked a reward that could judge no item of the update; nothing has changed.
         """
+        whole, batch = batch, batch.kept()
         total = float(self.world.sum(torch.tensor(float(batch.items))))
         rate = self.config.learning_rate * self.config.rate(update)
         if total == 0:
             return {"empty": 1.0, "learning_rate": rate}
         parts = torch.arange(batch.items).split(max(1, self.config.micro_batch // batch.members)) if batch.items else ()
+        idle = [whole.take([0])] * (max(self.world.objects([len(parts)])) - len(parts)) if policy.sharded else []
+        for surplus in idle:
+            objective.shared(policy, surplus)
         batch = self._sharing(objective, policy, batch, parts, total)
         sums: dict[str, Tensor] = {}
         for part in parts:
@@ -77,14 +81,18 @@ class Stepper:
                 known = ~value.isnan() if name != "loss" else torch.ones_like(value, dtype=torch.bool)
                 seen = torch.stack([torch.where(known, value, 0.0), known.to(value)]) * share
                 sums[name] = sums.get(name, 0.0) + seen
+        for surplus in idle:
+            self._keep_up(objective, policy, replace(surplus, shared=batch.shared))
         norm = widest(self._reduced_norm())
-        values = torch.stack([norm.expand(2), *sums.values()]).tolist()  # the step's only wait for the device
+        values = torch.stack([norm.expand(2), *sums.values()]).tolist()
         means = self._means(dict(zip(sums, values[1:], strict=True)))
         if means.get("reward_failed", 0.0) > 1 - 1e-9:
             raise RewardFailed(f"the reward could judge none of the {total:.0f} items of update {update + 1}")
         finite = math.isfinite(values[0][0]) and math.isfinite(means["loss"])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.config.ema and "ema" not in policy.voices:
+            policy.remember("ema")  # begins where training does
         self.changing = True
         if finite:
             self.scaler.step(self.optimizer)
@@ -94,6 +102,15 @@ class Stepper:
         self.changing = False
         self.optimizer.zero_grad(set_to_none=True)
         return {**means, "grad_norm": values[0][0], "learning_rate": rate, "skipped": float(not finite), "items": total}
+
+    def _keep_up(self, objective: Objective, policy: Policy, batch: Batch) -> None:
+        """A pass of no effect, for the sake of processes with more items: a sharded network needs all for each of its calls."""
+        gradients = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        objective.loss(policy, batch)[0].backward()
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
 
     def _sharing(self, objective, policy, batch: Batch, parts: tuple[Tensor, ...], total: float) -> Batch:
         """The batch with the objective's statistics over the whole update."""
@@ -135,8 +152,6 @@ class Stepper:
         """The moving average of the weights, with the usual warm-up of its decay."""
         if not self.config.ema:
             return
-        if "ema" not in policy.voices:
-            policy.remember("ema")
         decay = min(self.config.ema, (1 + update) / (10 + update))
         for name, p in policy.trainable.items():
             policy.voices["ema"][name].lerp_(p.detach(), 1 - decay)

@@ -38,6 +38,7 @@ from .panel import gold_of, panel_of
 from .reports import Report, TrainResult
 from .results import versions
 from .sampling import Sampling
+from .sharding import shard
 from .signals import Stop, StopRequested
 from .sources import Run, Source
 from .stepper import Stepper
@@ -66,7 +67,7 @@ class Trainer:
     def __init__(
         self, policy: Policy, objective: Objective, source: Source, config: TrainConfig, *, resumed: bool = False
     ) -> None:
-        self.world = World(cpu=policy.device.type == "cpu")
+        self.world = World(cpu=all(p.device.type == "cpu" for p in policy.parameters()))
         self.policy, self.config = policy, config
         self.reward = reward = optimised_reward(objective, source)
         self.objective, self.source = objective.bind(reward), source.bind(reward)
@@ -81,6 +82,7 @@ class Trainer:
         check_parts(self.run, self.objective, self.source, config.panel)
         policy.voices.clear()  # of an earlier run
         prepare_trainable(policy, config.lora, mix(config.seed, 0))
+        shard(policy, self.world)
         self.stepper = Stepper(policy, config, self.world)
         prompts = judged_prompts(config.eval_prompts, policy.world, source.prompts_for_evaluation())
         self.evaluator = Evaluator(
@@ -148,7 +150,7 @@ class Trainer:
             self.collected = dict(self.source.metrics())
         epoch, part = divmod(self.position, self.source.updates)
         seed = mix(self.run.seed, 8, self.iteration, epoch)
-        chosen = self.source.choose(self.batch.take(self._stratum(epoch, part)), seed).kept()
+        chosen = self.source.choose(self.batch.take(self._stratum(epoch, part)), seed)
         metrics = self.stepper.step(self.objective, self.policy, chosen, self.update, self.stop.check)
         self._noticed(metrics)
         self.update, self.position = self.update + 1, self.position + 1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checkpoints
+from . import checkpoints, sharding
 from .config import FREE_TO_CHANGE, NAMES, TrainConfig
 from .description import describe, differences
 from .loading import load_policy
@@ -68,7 +68,8 @@ def make_trainer(parser: Any, parse: Callable[[bool], Namespace]) -> Trainer:
     World(cpu=options.device == "cpu")  # chooses this process's device before anything is loaded
     built = parser.instantiate(options)
     config = TrainConfig(**{name: built[name] for name in NAMES})
-    policy = load_policy(options.model, lora=options.adapter, device=options.device, dtype=options.dtype)
+    how = {"device": options.device, "dtype": options.dtype, "waiting": sharding.asked()}
+    policy = load_policy(options.model, lora=options.adapter, **how)
     return Trainer(policy, built.objective.bind(built.reward), built.source.bind(built.reward), config)
 
 

@@ -19,9 +19,17 @@ class World:
 
     Args:
         cpu: run the processes on CPUs (gloo) though there may be GPUs.
+
+    Raises:
+        ValueError: the launcher asks for DeepSpeed.
     """
 
     def __init__(self, cpu: bool = False) -> None:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+            raise ValueError(
+                "DeepSpeed is not supported: its engine owns the backward pass and the step. To train a model too large for one "
+                "GPU, shard it: accelerate launch --config_file configs/accelerate/fsdp_8_gpus.yaml …"
+            )
         self.rank, self.size = 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState

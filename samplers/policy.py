@@ -105,6 +105,7 @@ class Policy(Configurable, nn.Module, ABC):
             blocks ("block"), or nothing.
         uncond_grad: whether the unconditional branch of guidance carries a gradient.
         decode_chunk: samples decoded at a time, which bounds the decoder's memory; the result does not change.
+        sharded: whether the frozen weights are spread over processes, which must then call the network equally often.
         voices: earlier weights of what is trained, by the name under which they may speak; see `remember`.
     """
 
@@ -120,6 +121,7 @@ class Policy(Configurable, nn.Module, ABC):
     checkpointing: Checkpointing = "step"
     uncond_grad: bool = True
     decode_chunk: int = 8
+    sharded: bool = False
 
     def __init__(self) -> None:
         super().__init__()

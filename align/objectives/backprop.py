@@ -135,7 +135,7 @@ class Backprop(Objective):
         sample = self._sample(policy, rows, kept)
         copies = len(sample.x0) // len(rows)
         fine = sound(sample.x0).reshape(copies, -1).all(0)
-        if not bool(fine.all()):
+        if not bool(fine.all()) and not policy.sharded:  # a second pass that other processes would not make
             return leaving_out(self, policy, batch, fine, ("reward", "k", *["kl"] * bool(self.kl_weight)))
         reward, ok = judged(self.reward, policy.decode(sample.x0), batch.prompts * copies)
         # one share a row of the batch, judged or not: so micro-batches add up to the batch

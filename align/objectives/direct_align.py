@@ -106,7 +106,7 @@ class DirectAlign(Objective):
         for at, to, (liked, disliked), k in (branches[b] for b in branches if self.branch in (b, "both")):
             clean = estimate(policy, diffuse(x0, eps, at).to(policy.dtype), at, cond)
             guess = recovered(clean, eps, to)
-            if not bool((fine := sound(guess)).all()):
+            if not bool((fine := sound(guess)).all()) and not policy.sharded:  # as in `Backprop`
                 return leaving_out(self, policy, batch, fine, ("reward", "level"))
             media = policy.decode(guess)
             better, ok = judged(self.reward, media, _worded(liked, batch.prompts))

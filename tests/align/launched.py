@@ -1,4 +1,4 @@
-"""What the processes of `test_distributed` run: python -m tests.align.launched WHAT OUT DATA CASES."""
+"""What the processes of `test_distributed` and `test_sharding` run: python -m tests.align.launched WHAT OUT DATA CASES."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 import align.reports
 from tests.align.runs import one, trainer_of
+from tests.align.sharded import together
 
 
 def several(name: str, out: Path, data: Path) -> None:
@@ -45,7 +46,7 @@ def endless(name: str, out: Path, data: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["several", "breaking", "endless"])
+    parser.add_argument("what", choices=["several", "breaking", "endless", "sharded"])
     parser.add_argument("out", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("cases", nargs="+", help="names of CASES")
@@ -53,7 +54,8 @@ def main() -> None:
     torch.set_num_threads(1)
     align.reports.draw_curves = lambda *a, **k: None
     for name in options.cases:
-        {"several": several, "breaking": breaking, "endless": endless}[options.what](name, options.out, options.data)
+        what = {"several": several, "breaking": breaking, "endless": endless, "sharded": together}[options.what]
+        what(name, options.out, options.data)
 
 
 if __name__ == "__main__":
