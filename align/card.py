@@ -137,9 +137,13 @@ def _use(folder: Path, result: Mapping[str, Any]) -> str:
         lines.insert(4, "from safetensors.torch import load_file")
         lines.append('network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer')
         lines.append(f"network.load_state_dict(load_file({str(folder / WEIGHTS)!r}), strict=False)")
-    lines += [f"image = pipe({prompt!r}).images[0]", "```"]
+    how = result["config"]["train"]["init_args"]
+    said = {"num_inference_steps": how.get("steps"), "guidance_scale": how.get("guidance")}
+    given = "".join(f", {name}={value}" for name, value in said.items() if value is not None)
+    lines += [f"image = pipe({prompt!r}{given}).images[0]", "```"]
     if (folder / ADAPTER).is_file():
         words = ["kilter", "steer", prompt, "--model", base, "--lora", str(folder)]
+        words += [f"--{name}={how[name]}" for name in ("steps", "guidance") if how.get(name) is not None]
         lines += ["", "Or steer on top of it:", "", "```sh", shlex.join(words), "```"]
     return "\n".join(lines)
 

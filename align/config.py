@@ -39,8 +39,8 @@ class TrainConfig:
         micro_batch: rows in one forward and backward pass.
         lora: the adapter to train; null trains all weights of the network.
         learning_rate, betas, epsilon, weight_decay: of AdamW.
-        schedule: of the learning rate after `warmup` updates: constant, or down to 0 at the last update linearly, as a cosine
-            or as a square root.
+        schedule: of the learning rate after `warmup` updates: constant, or falling so that it would reach 0 one update after
+            the last: linearly, as a cosine or as a square root.
         max_grad_norm: gradients are scaled down to this norm.
         ema: decay of an exponential moving average of the weights, which is then what is evaluated and kept; 0 for none.
         seed: of everything random.
