@@ -66,7 +66,8 @@ def test_only_what_is_sure_counts():
     """A fall within two standard errors over prompts is no fall; more prompts make a small one sure."""
     for prompts, times in ((4, 0), (4000, 1)):
         before = torch.zeros(prompts * 2)
-        wobble = torch.randn(prompts, generator=torch.Generator().manual_seed(1)).repeat_interleave(2)
+        wobble = torch.randn(prompts, generator=torch.Generator().manual_seed(1))
+        wobble = (wobble - wobble.mean()).repeat_interleave(2)
         scores = [{"proxy": before, "gold": before}, {"proxy": before + 1, "gold": before - 0.2 + wobble}]
         some = [(i, Evaluation(s, 0.0, 0.0, torch.empty(0))) for i, s in enumerate(scores)]
         assert hacked(some, "proxy", "gold", 2) == times
