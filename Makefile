@@ -20,6 +20,9 @@ lint: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/steer_shapes.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/train_shapes.py
+	$(BIN)/python benchmarks/scaling.py
 
 # Each stamp is newer than pyproject.toml exactly when the environment holds what it asks for.
 .venv/bin/pip:

@@ -8,9 +8,9 @@ cores, and is judged as it goes on all held-out prompts, twice each, from the sa
     claim       backpropagation needs about 25 times fewer samples than policy gradients (AlignProp, 2310.03739, over DDPO)
 
     python benchmarks/train_shapes.py [--only alignprop ddpo] [--kl 30]     # others are read from the results
-    python benchmarks/train_shapes.py --time                                # on an idle machine: seconds alone, from a few updates
+    python benchmarks/train_shapes.py --time                                # seconds alone, from a few updates on an idle machine
 
-Seconds are those of `--time`: the mean over a few updates of each configuration on both cores, times the number of updates.
+Seconds are wall-clock seconds of the updates, evaluations left out; where a run shared its machine, `--time` measures them again.
 """
 
 from __future__ import annotations
@@ -195,13 +195,14 @@ def main() -> None:
     path = RESULTS / "train_shapes.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     for method, config in CONFIGS.items():
-        if options.time and method in known:
+        wanted = options.only is None or method in options.only
+        if options.time and wanted and method in known:
             seconds = update_seconds(config)
             for point in known[method]:
                 point["seconds"] = round(seconds * point["update"], 2)
             path.write_text(json.dumps(known) + "\n")
             print(f"{method}: {seconds:.2f} s an update", flush=True)
-        elif options.only is None or method in options.only:
+        elif wanted and not options.time:
             with tempfile.TemporaryDirectory() as folder:
                 points = run(config, Path(folder) / "run")
             latest = (
