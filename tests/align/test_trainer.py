@@ -124,12 +124,12 @@ def test_each_item_of_a_collection_is_used_once_an_epoch(data, tmp_path):
 
 
 def test_the_moving_average(data, tmp_path):
-    """The first average is the first weights; then each is decay·before + (1 − decay)·now, with the usual warm-up."""
+    """The average begins at the initial weights; then each is decay·before + (1 − decay)·now, with the usual warm-up."""
     trainer = trainer_of("Backprop", tmp_path / "run", data, ema=0.3, eval_every=0)
     seen, after = [], trainer._after_update
     trainer._after_update = lambda: (seen.append(weights(trainer)), after())[1]
     trainer.fit()
-    average = seen[1]
+    average = seen[0]
     for update, now in enumerate(seen[1:]):
         decay = min(0.3, (1 + update) / (10 + update))
         average = decay * average + (1 - decay) * now
