@@ -17,7 +17,7 @@ SAMPLES = 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["draft-1", "d3po", "grpo"])
+@pytest.mark.parametrize("config", ["refl", "d3po", "grpo"])
 def test_gold_rises_by_more_than_three_standard_errors(config, tmp_path):
     """On all held-out prompts, twice each, the same seeds before and after."""
     judged = {"eval_prompts": [str(ROOT / "assets" / "prompts" / "heldout.jsonl")], "eval_samples": SAMPLES}
