@@ -207,7 +207,7 @@ def test_ctrl_c_keeps_partial_results(tiny_folder, tmp_path):
     while not re.search(r"\b[1-9]\d*/1800", seen) and time.monotonic() < deadline:  # the first steps are done
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert written["stopped"].startswith("stopped at step")

@@ -113,7 +113,7 @@ def test_each_process_samples_its_share(two):
 @pytest.mark.slow
 def test_when_one_process_fails_all_end_and_the_last_save_stays(data, tmp_path):
     process = start("breaking", tmp_path / "run", data, "PolicyGradient")
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "this process fails" in output
     assert checkpoints.latest(tmp_path / "run").name == "000004"
@@ -132,7 +132,7 @@ def test_asked_to_stop_all_save_together(data, tmp_path, number, everyone):
     while time.monotonic() < deadline and not (log.is_file() and log.stat().st_size):
         time.sleep(0.05)
     (os.killpg if everyone else os.kill)(process.pid, number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     saved = checkpoints.latest(tmp_path / "run")
     assert int(saved.name) > 0, output
     assert len(checkpoints.read(saved)[2]) == 2
