@@ -128,7 +128,7 @@ def test_when_one_process_fails_all_end_and_the_last_save_stays(data, tmp_path):
 def test_asked_to_stop_all_save_together(data, tmp_path, number, everyone):
     """A terminal signals the launcher and its processes, and the launcher signals them again; a scheduler may signal it alone."""
     process = start("endless", tmp_path / "run", data, "PolicyGradient")
-    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and not (log.is_file() and log.stat().st_size):
         time.sleep(0.05)
     (os.killpg if everyone else os.kill)(process.pid, number)
