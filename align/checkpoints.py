@@ -19,7 +19,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,18 @@ import torch
 from .results import PROBE, prepare_folder
 from .world import World
 
-__all__ = ["claim", "complete", "generators", "latest", "never_saved", "read", "remove", "restore_generators", "write"]
+__all__ = [
+    "claim",
+    "complete",
+    "generators",
+    "latest",
+    "never_saved",
+    "read",
+    "read_config",
+    "remove",
+    "restore_generators",
+    "write",
+]
 
 STATE, CONFIG, CHECKPOINTS = "state.pt", "config.json", "checkpoints"
 PARTIAL, OLD = ".partial-", ".old"
@@ -184,15 +195,31 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, A
     Raises:
         ValueError: it cannot be read.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text())
+    config = read_config(folder)
+    with _readable(folder):
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         ranks = [folder / f"rank-{rank:05d}.pt" for rank in range(config["processes"])]
         shards = [torch.load(path, map_location="cpu", weights_only=True) for path in ranks]
+    return config, state, shards
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a checkpoint was made with, without its weights.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with _readable(folder):
+        return json.loads((folder / CONFIG).read_text())
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # a torn file makes the unpickler raise almost anything
         reason = f"{type(error).__name__}: {error}".split(". ")[0].splitlines()[0]  # torch's advice is not for us
         raise ValueError(f"checkpoint {folder} cannot be read ({reason}): resume from an older one") from error
-    return config, state, shards
 
 
 def generators() -> dict[str, Any]:

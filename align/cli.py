@@ -36,11 +36,11 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    parser = build_parser()
     argv = _config_first(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["train"] and not {"-h", "--help", "--print_config"} & set(argv):
             return _train(argv[1:])
+        parser = build_parser()
         parsed = parser.parse_args(argv)
         options = parsed[parsed.command]
         return {"steer": _steer, "score": _score, "list": _list}[parsed.command](parser, parsed, options)

@@ -22,10 +22,11 @@ from samplers.noise import mix
 from .batches import Batch, Noised, Paths, Steps
 from .choices import settings_of, unlike
 from .data import Feedback, read_feedback
+from .drawing import pick, trainable_steps, unfolded
 from .given import ORDER, Given, Item, require_shape
 from .media import load_latents
 from .rows import Record
-from .sources import Run, pick, trainable_steps, unfolded
+from .sources import Run
 
 __all__ = ["Captions", "Likes", "Preferences"]
 

@@ -30,9 +30,10 @@ from samplers.noise import mix
 
 from .batches import Batch, Noised
 from .data import Feedback
+from .drawing import noised, pick
 from .media import Media, fitted, latent_shapes, load_latents, load_rgb
 from .rows import Record
-from .sources import Run, Source, noised, pick
+from .sources import Run, Source
 
 __all__ = ["Encoded", "Given", "Item", "require_shape"]
 

@@ -33,7 +33,7 @@ from .prompts import given_prompts, world_prompts
 from .sampling import Sampling
 from .world import World
 
-__all__ = ["Prompts", "Rollouts", "Run", "Source", "noised", "pick", "trainable_steps", "unfolded"]
+__all__ = ["Prompts", "Rollouts", "Run", "Source"]
 
 Watch = Callable[[Any], None] | None
 
@@ -312,8 +312,8 @@ class Rollouts(Source):
         failed = rewards.isnan()
         if bool(failed.all()):
             raise RewardFailed(f"{self.reward.name} could judge none of {len(rewards)} samples")  # pyright: ignore
-        texts = world.objects([p.text for p in batch.prompts])
         if self.advantage == "running":
+            texts = world.objects([p.text for p in batch.prompts])
             advantage = self.statistics(rewards, texts, self.clip)
         else:
             advantage = advantages(self.advantage, rewards, groups, self.eps, self.clip)

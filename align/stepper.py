@@ -8,9 +8,9 @@ which for LoRA is a few megabytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from .objectives.base import Objective
 from .world import World
 
 __all__ = ["Stepper"]
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Stepper:
@@ -125,13 +127,13 @@ class Stepper:
 
     def _means(self, mine: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """Over all processes, from (sum, share of the items that it is about) by name; NaN where that is none."""
-        sums = self._total({name: pair[0] for name, pair in mine.items()})
-        shares = self._total({name: pair[1] for name, pair in mine.items()})
-        return {name: value / shares[name] if shares[name] else math.nan for name, value in sums.items()}
+        totals = self._total({(name, i): value for name, pair in mine.items() for i, value in enumerate(pair)})
+        names = dict.fromkeys(name for name, _ in totals)
+        return {n: totals[n, 0] / totals[n, 1] if totals[n, 1] else math.nan for n in names}
 
-    def _total(self, mine: Mapping[str, float]) -> dict[str, float]:
+    def _total(self, mine: Mapping[Name, float]) -> dict[Name, float]:
         """Sums by name over processes; a process without items knows no names."""
-        total: dict[str, float] = {}
+        total: dict[Name, float] = {}
         for one in self.world.objects([dict(mine)]):
             for name, value in one.items():
                 total[name] = total.get(name, 0.0) + value

@@ -76,7 +76,7 @@ def make_trainer(parser: Any, parse: Callable[[bool], Namespace]) -> Trainer:
 def _resumed(parser: Any, options: Namespace, said: set[str]) -> Trainer:
     """Continues a run; whatever else is said must be what it was made with, or free to change."""
     folder = checkpoints.latest(Path(options.resume))
-    recorded = checkpoints.read(folder)[0]["description"]
+    recorded = checkpoints.read_config(folder)["description"]
     if fixed := said - FREE_TO_CHANGE:
         built = parser.instantiate(options)
         wrong = []
