@@ -36,7 +36,7 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
         ValueError: keys or values that cannot work, before any work; an unknown key is answered with the nearest valid one.
         FileExistsError: the folder holds another run.
     """
-    from .parsing import train_parser
+    from .commands.train import parser as train_parser
 
     parser = train_parser()
     parser.exit_on_error = False

@@ -1,10 +1,11 @@
 """Rewards: score images, video, audio and tokens. Works alone; imports nothing of kilter's other packages."""
 
 from .aesthetic import Aesthetic
-from .base import Modality, Prompt, Reward, Scores, as_prompts
+from .base import Modality, Prompt, Reward, Scores, as_prompts, facts
 from .clip import CLIPScore, DualEncoder, HPSv2, OpenCLIPScore, PickScore
 from .combine import Batched, Framewise, Weighted
 from .crossencoder import CrossEncoder
+from .judging import Ask, Judge
 from .preprocess import Preprocess
 from .shapes import Shapes
 from .simple import Brightness, Colour, JPEGSize, Sharpness, SmoothJPEGSize
@@ -13,6 +14,7 @@ KILTER = True  # lets `align` recognise a stranger's package of the same name
 
 __all__ = [
     "Aesthetic",
+    "Ask",
     "Batched",
     "Brightness",
     "CLIPScore",
@@ -22,6 +24,7 @@ __all__ = [
     "Framewise",
     "HPSv2",
     "JPEGSize",
+    "Judge",
     "Modality",
     "OpenCLIPScore",
     "PickScore",
@@ -34,4 +37,5 @@ __all__ = [
     "SmoothJPEGSize",
     "Weighted",
     "as_prompts",
+    "facts",
 ]

@@ -15,27 +15,31 @@ DDPO, 2305.13301; AlignProp, 2310.03739; DRaFT, 2309.17400.
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Prompt, Reward, expand, loading
+from .base import Prompt, Reward
+from .loading import expand, find, loading, pretrained, read_weights
 from .preprocess import Quantize, from_image_processor
 
 __all__ = ["Aesthetic"]
 
-HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")  # owner/name/file
 LAYER = re.compile(r"(?:layers\.(\d+)\.)?(weight|bias)")  # v2 numbers its layers, dropouts included; v1 is one layer
 
 
 class Aesthetic(Reward):
     """LAION's aesthetic predictor, v2 by default.
 
-    About 1 to 10: photographs and unaltered samples get 4 to 7, and more than 8 is a sign of over-optimisation. Reads no
-    prompt. Native size 224 pixels, shorter side fitted and the centre cut; differentiable unless `quantize` is "hard".
+    Range: 1 to 10; photographs and unaltered samples get 4 to 7
+    Size: 224, the shorter side fitted and the centre cut
+    Gradient: unless `quantize` is "hard"
+    Weights: openai/clip-vit-large-patch14 and trl-lib/ddpo-aesthetic-predictor
+    Licence: Apache-2.0 (head), MIT (CLIP)
+
+    Reads no prompt. More than 8 is a sign of over-optimisation.
 
     Args:
         model: folder or hub id of the CLIP the head was made for, in the transformers layout.
@@ -62,11 +66,8 @@ class Aesthetic(Reward):
         super().__init__()
         from transformers import AutoImageProcessor, CLIPModel
 
-        with loading(model, "config.json, preprocessor_config.json and the weights (model.safetensors) of a CLIP"):
-            loader: Any = CLIPModel  # its annotations know nothing of output_loading_info
-            network, report = loader.from_pretrained(expand(model), dtype="auto", output_loading_info=True)
-            if report["missing_keys"]:
-                raise OSError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        network = pretrained(CLIPModel, model)
+        with loading(model, "preprocessor_config.json"):
             images = AutoImageProcessor.from_pretrained(expand(model))
         self.preprocess = from_image_processor(images.to_dict(), quantize)
         self.differentiable = self.preprocess.differentiable
@@ -89,17 +90,7 @@ def read_head(name: str, width: int) -> nn.Sequential:
         width: of the embeddings it must read.
     """
     with loading(name, "a file of a LAION aesthetic head, or owner/name/file of one on the hub"):
-        path, on_hub = Path(expand(name)), HUB_FILE.fullmatch(name)
-        if not path.is_file() and on_hub and not path.is_absolute():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(*on_hub.groups()))
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = read_weights(find(name))
     layout = "weight and bias (v1), or layers.N.weight and layers.N.bias (v2)"
     keys = {key: LAYER.fullmatch(str(key)) for key in weights}
     if not keys or not all(keys.values()):

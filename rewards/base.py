@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,11 +24,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Configurable", "Modality", "Prompt", "Reward", "Scores", "as_prompts", "expand", "loading"]
+__all__ = ["Configurable", "Modality", "Prompt", "Reward", "Scores", "as_prompts", "facts"]
 
 Modality = Literal["image", "video", "audio", "tokens"]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 RANGE_TOLERANCE = 1e-3  # a decoder's round-off, not a licence for another range
+
+FACTS = ("Range", "Size", "Gradient", "Weights", "Licence")
 
 LAYOUT = {
     "image": (4, 1, "(B,3,H,W) with values in [0,1]"),
@@ -103,15 +103,21 @@ class Reward(Configurable, nn.Module, ABC):
     A reward is frozen and always in eval mode: a parent's `.train()` cannot switch its dropout on. It runs on the
     device of its input.
 
+    The docstring of a class that can be chosen by name holds the lines that `facts` reads.
+
     Attributes:
         modality: what it looks at.
         differentiable: whether a gradient with respect to the media exists.
         needs_prompt: whether the prompt matters.
+        compares: whether a score says how a sample does among those of the same prompt in the same call, rather than by itself.
+        claims_quality: whether blur, noise and compression should lower the score of a good picture.
     """
 
     modality: Modality = "image"
     differentiable: bool = True
     needs_prompt: bool = True
+    compares: bool = False
+    claims_quality: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,25 +228,20 @@ class Reward(Configurable, nn.Module, ABC):
         return self.requires_grad_(False).train(False)
 
 
-def expand(name: str) -> str:
-    """Resolves a leading ~; hub ids pass."""
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+def facts(cls: type[Reward]) -> dict[str, str]:
+    """What a user choosing a reward asks first, read from the lines of its docstring that begin with these words.
 
+    Range     of the scores
+    Size      the native size of the media
+    Gradient  "yes", "no", or what it depends on
+    Weights   hub ids
+    Licence   of code and weights
 
-@contextmanager
-def loading(name: str, needed: str) -> Iterator[None]:
-    """Turns whatever a loader raises into one error that says what was asked, what is there and what to do."""
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:  # json, safetensors, torch and the hub each raise their own
-        folder = Path(expand(name.removeprefix("local-dir:")))
-        if folder.is_dir():
-            found = f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
-        else:
-            found = "no such folder, so it was looked up on the hub"
-        raise OSError(
-            f"cannot load {name!r}: {type(error).__name__}: {error}\n"
-            f"Needed: {needed}. Found: {found}. If a download was interrupted, delete the folder and repeat it."
-        ) from error
+    Raises:
+        ValueError: Range, Size or Gradient is missing, or one of Weights and Licence is without the other.
+    """
+    lines = [line.partition(": ") for line in (inspect.getdoc(cls) or "").splitlines()]
+    found = {word: rest.strip() for word, colon, rest in lines if word in FACTS and colon}
+    if {"Range", "Size", "Gradient"} - set(found) or len({"Weights", "Licence"} & set(found)) == 1:
+        raise ValueError(f"the docstring of {cls.__name__} needs the lines {', '.join(FACTS)}; it has {', '.join(found)}")
+    return found

@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Prompt, Reward, expand, loading
+from .base import Prompt, Reward
+from .loading import expand, loading, pretrained
 from .preprocess import Preprocess, Quantize, from_image_processor, from_open_clip
 
 __all__ = ["CLIPScore", "DType", "DualEncoder", "HPSv2", "OpenCLIPScore", "PickScore", "Variant"]
@@ -173,9 +174,13 @@ def projected(image: Tensor, goal: Tensor, baseline: Tensor, alpha: float) -> Te
 class CLIPScore(DualEncoder):
     """Agreement of image and prompt by a CLIP or SigLIP in the transformers layout.
 
-    Range by `variant`: "logit" is about 15 to 35 for CLIP. Native size, resize rule and text padding are read from the
-    model's own files, 224 pixels by default. Differentiable unless `quantize` is "hard". Whatever follows the tower's
-    77 tokens (SigLIP: 64) is cut with a warning. Counts and relations are CLIP's weak points.
+    Range: by `variant`; "logit" about 15 to 35 for CLIP
+    Size: 224, or the model's own; resize rule and text padding are read from its files
+    Gradient: unless `quantize` is "hard"
+    Weights: openai/clip-vit-large-patch14, google/siglip-so400m-patch14-384, any of these classes
+    Licence: MIT (OpenAI CLIP), Apache-2.0 (SigLIP)
+
+    Whatever follows the tower's 77 tokens (SigLIP: 64) is cut with a warning. Counts and relations are CLIP's weak points.
 
     Args:
         model: folder or hub id of a CLIP-like model: CLIP, SigLIP and their fine-tunes.
@@ -208,10 +213,7 @@ class CLIPScore(DualEncoder):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         source = model if processor is None else processor
-        with loading(model, "config.json and the weights (model.safetensors)"):
-            network, report = AutoModel.from_pretrained(expand(model), dtype="auto", output_loading_info=True)
-            if report["missing_keys"]:
-                raise OSError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        network = pretrained(AutoModel, model)
         kind = network.config.model_type
         if not all(hasattr(network, a) for a in ("get_image_features", "get_text_features", "logit_scale")):
             raise ValueError(f"{self.name} needs a dual encoder such as CLIP or SigLIP; {model!r} holds a {kind}")
@@ -247,8 +249,14 @@ class CLIPScore(DualEncoder):
 class PickScore(CLIPScore):
     """PickScore v1: which image people prefer for a prompt (Kirstain et al. 2023, arXiv 2305.01569).
 
-    The logit of a CLIP ViT-H/14 tuned on Pick-a-Pic, about 18 to 24; compare within one prompt. Native size 224 pixels,
-    differentiable unless `quantize` is "hard". Known to be gamed by glossy, saturated, high-contrast images.
+    Range: about 18 to 24
+    Size: 224
+    Gradient: unless `quantize` is "hard"
+    Weights: yuvalkirstain/PickScore_v1
+    Licence: MIT (code and weights)
+
+    The logit of a CLIP ViT-H/14 tuned on Pick-a-Pic; compare within one prompt. Known to be gamed by glossy, saturated,
+    high-contrast images.
 
     Args:
         model: folder or hub id of the weights.
@@ -271,7 +279,12 @@ class PickScore(CLIPScore):
 class OpenCLIPScore(DualEncoder):
     """Agreement of image and prompt by an open_clip model.
 
-    Range by `variant`; native size and resize rule are the model's own. Differentiable unless `quantize` is "hard".
+    Range: by `variant`; "logit" about 15 to 35
+    Size: the model's own, as its resize rule
+    Gradient: unless `quantize` is "hard"
+    Weights: laion/CLIP-ViT-H-14-laion2B-s32B-b79K, any of open_clip
+    Licence: MIT (laion)
+
     A local fine-tune of OpenAI's weights needs a `-quickgelu` model name: with the plain one it loads and scores
     wrongly.
 
@@ -327,9 +340,13 @@ class OpenCLIPScore(DualEncoder):
 class HPSv2(OpenCLIPScore):
     """Human Preference Score v2.1 or v2 (Wu et al. 2023, arXiv 2306.09341).
 
-    The cosine of a CLIP ViT-H/14 tuned on HPD v2: v2.1 about 0.14 to 0.34, v2.0 about 0.24 to 0.29 (printed times 100);
-    the versions do not compare. 224 pixels, longer side fitted and padded with black, as the released code does.
-    Differentiable unless `quantize` is "hard".
+    Range: v2.1 about 0.14 to 0.34, v2.0 about 0.24 to 0.29
+    Size: 224, the longer side fitted and padded with black
+    Gradient: unless `quantize` is "hard"
+    Weights: xswu/HPSv2
+    Licence: Apache-2.0 (code and weights)
+
+    The cosine of a CLIP ViT-H/14 tuned on HPD v2, printed times 100 in tables; the versions do not compare.
 
     Args:
         version: of the weights.

@@ -26,6 +26,10 @@ class Weighted(Reward):
     total = sum_k weights[k] * rewards[k]; no normalisation. `parts` holds the total of each reward before its weight,
     named by the keys of a dict, or by class (`CLIPScore`, `CLIPScore_2`, ...).
 
+    Range: of the sum
+    Size: as its parts
+    Gradient: as its parts
+
     Args:
         rewards: what to add; a dict gives the parts names.
         weights: one a reward, in the same form; None weighs all by 1. A negative weight asks for less of something.
@@ -87,6 +91,10 @@ class Framewise(Reward):
     All frames of all videos go through the reward in one call; wrap it in `Batched` to bound the memory. Total and
     parts are reduced over the frames by the same rule, so with "min" each may come from another frame.
 
+    Range: as its part
+    Size: as its part
+    Gradient: as its part
+
     Args:
         reward: an image reward.
         reduce: how the scores of the frames become the score of the video.
@@ -130,6 +138,10 @@ def middle(values: Tensor, dim: int) -> Tensor:
 
 class Batched(Reward):
     """A reward evaluated a few samples at a time; the scores are the same.
+
+    Range: as its part
+    Size: as its part
+    Gradient: as its part
 
     Args:
         reward: what to evaluate.

@@ -111,8 +111,9 @@ class Network(nn.Module):
 class CrossEncoder(Reward):
     """A learned reward read from a folder: config.json, model.safetensors and the files of a tokenizer.
 
-    Scores are z-scores over the images and prompts the reward was trained on: 0 is average there, higher is better. The
-    image is resized to the model's own side (antialiased bicubic), and the gradient reaches the pixels.
+    Range: z-scores over the images and prompts it was trained on; 0 is average there
+    Size: the model's own, squeezed (antialiased bicubic); 32 embedded
+    Gradient: yes
 
     Args:
         model: the folder; the embedded model by default.

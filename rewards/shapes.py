@@ -304,6 +304,10 @@ def outlines(cover: Tensor, cx: Tensor, cy: Tensor, area: Tensor) -> Tensor:
 class Shapes(Reward):
     """The gold reward of the embedded world: 1 where every clause of the prompt holds, else 0.
 
+    Range: 0 or 1
+    Size: any; made for 128
+    Gradient: no
+
     NaN for a prompt outside the grammar. The rule is GenEval's (arXiv 2310.11513). A counting prompt wants exactly that
     number of objects and no others. Any
     other prompt wants its objects among those found, each found object standing for one noun; colours and places belong to

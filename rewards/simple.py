@@ -52,7 +52,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 class Brightness(Reward):
     """Mean luminance (Rec. 601).
 
-    Range [0, 1], black to white. Any size, differentiable, reads no prompt.
+    Range: 0 to 1, black to white
+    Size: any
+    Gradient: yes
     """
 
     needs_prompt = False
@@ -65,7 +67,11 @@ class Colour(Reward):
     """Closeness of the mean colour to a target colour.
 
     1 - mean over channels of (mean colour - target)², so 1 where the mean colour is the target and 0 at the opposite
-    corner of the colour cube. Range [0, 1]. Any size, differentiable, reads no prompt.
+    corner of the colour cube.
+
+    Range: 0 to 1
+    Size: any
+    Gradient: yes
 
     Args:
         target: a name (red, green, blue, yellow, cyan, magenta, orange, purple, black, grey, white) or three values in
@@ -95,8 +101,9 @@ class Colour(Reward):
 class Sharpness(Reward):
     """Variance of the Laplacian of the luminance: how much fine detail there is.
 
-    Range [0, 16], 0 for a flat image; noise is sharper than any picture. Any size from 3 x 3, differentiable, reads no
-    prompt.
+    Range: 0 to 16, 0 for a flat image; noise is sharper than any picture
+    Size: any from 3 x 3
+    Gradient: yes
     """
 
     needs_prompt = False
@@ -110,8 +117,11 @@ class JPEGSize(Reward):
     """Size of the image as a JPEG file in kB (1000 bytes), counted so that higher is better.
 
     "compressible" returns minus the size, "incompressible" the size: DDPO's two rewards (arXiv 2305.13301, quality 95).
-    The size grows with the image, so compare at one resolution only. Any size; not differentiable (see
-    `SmoothJPEGSize`), reads no prompt. The encoder is PIL's, with 4:2:0 chroma.
+    The size grows with the image, so compare at one resolution only. The encoder is PIL's, with 4:2:0 chroma.
+
+    Range: kB, negative for "compressible"
+    Size: any
+    Gradient: no; see `SmoothJPEGSize`
 
     Args:
         aim: what is rewarded.
@@ -169,7 +179,10 @@ class SmoothJPEGSize(Reward):
     JPEG without its rounding and its entropy coder: YCbCr, 4:2:0 chroma, 8 x 8 DCT, quantisation tables at `quality`,
     differences of neighbouring means, then a smooth rate a coefficient. On images of varied spectrum, contrast and
     noise it ranks as `JPEGSize` does (Spearman above 0.97 at qualities 30 to 95) and is within 10% of it on average.
-    Any size, differentiable, reads no prompt.
+
+    Range: kB, negative for "compressible"
+    Size: any
+    Gradient: yes
 
     Args:
         aim: what is rewarded: "compressible" returns minus the size, "incompressible" the size.

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from align.cli import main, read_prompts
+from align.cli import main
+from align.prompts import read_prompts
 from samplers import SVDD
 
 ROOT = Path(__file__).resolve().parents[2]

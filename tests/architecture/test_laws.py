@@ -15,8 +15,9 @@ import align
 import rewards
 import samplers
 from align import feedback, objectives, sources
+from align.commands.train import parser as train_parser
 from align.config import NAMES
-from align.parsing import COMPONENTS, build_parser, concrete, train_parser
+from align.parsing import COMPONENTS, build_parser, concrete
 from align.sampling import Sampling
 from align.world import World
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rewards", "samplers", "align")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 HEAVY = {"diffusers", "transformers", "open_clip", "gradio", "matplotlib", "peft", "accelerate", "datasets"}
-SHARED = {"base", "preprocess"}  # what every reward backend may use
+SHARED = {"base", "judging", "loading", "preprocess"}  # what every reward backend may use
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 STEER = [p for p in CONFIGS if p.parent.name == "steer" or p.name == "steer.yaml"]
 LAUNCH = [p for p in CONFIGS if p.parent.name == "accelerate"]

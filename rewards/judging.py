@@ -1,0 +1,89 @@
+"""The `Judge`: a vision-language model that answers questions about media, for the rewards that ask some.
+
+    Ask     media and a question
+    Judge   odds(asks, choices)    how probable each given answer is    (probability of yes, expected rating)
+            write(asks)            the answer in words                   (critiques, scores in prose, rankings)
+
+A judge runs in this process (`LocalJudge`) or behind an OpenAI-compatible server (`ServedJudge`); rewards do not know which. It
+gives a gradient if and only if `differentiable`, through `odds`. What it cannot answer is NaN or None, never a number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .base import Configurable
+
+__all__ = ["Ask", "Judge"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question.
+
+    Attributes:
+        text: the question. It stands behind the media, unless it holds `<media>` once for each of them, which says where they go.
+        media: each (3, H, W), an image, or (F, 3, H, W), a video, with values in [0, 1].
+        system: what the judge is told beforehand.
+        start: words that the answer begins with, as if the judge had said them.
+        seed: of the draw, where answers are drawn.
+    """
+
+    text: str
+    media: tuple[Tensor, ...] = ()
+    system: str = ""
+    start: str = ""
+    seed: int = 0
+
+
+class Judge(Configurable, nn.Module, ABC):
+    """Answers questions about media.
+
+    A judge is frozen and always in eval mode. Questions of one call may differ in everything: the implementation batches what can
+    be. Answers do not depend on what else is asked.
+
+    Attributes:
+        differentiable: whether `odds` gives a gradient with respect to the media.
+    """
+
+    differentiable: bool = False
+
+    @abstractmethod
+    def odds(self, asks: Sequence[Ask], choices: Sequence[Sequence[str]]) -> Tensor:
+        """How probable it is that the answer begins with each choice.
+
+        Args:
+            asks: B questions.
+            choices: C answers, each in all its spellings, such as [["Yes", "yes"], ["No", "no"]]. A spelling counts by its first
+                token.
+
+        Returns:
+            (B, C) float32 natural logarithms of the probabilities among all that could be said; a row of NaN where there is no
+            answer.
+
+        Raises:
+            ValueError: two choices begin with the same token.
+        """
+
+    @abstractmethod
+    def write(self, asks: Sequence[Ask], *, temperature: float = 0.0, max_tokens: int = 512) -> list[str | None]:
+        """The answers in words, without `start`; None where there is none.
+
+        Args:
+            asks: the questions; the same one with another `seed` is another draw.
+            temperature: 0 takes the most probable word each time; above, words are drawn.
+            max_tokens: at which an answer is cut.
+        """
+
+    @property
+    def name(self) -> str:
+        """How messages and result files call this judge."""
+        return type(self).__name__
+
+    def train(self, mode: bool = True) -> Judge:
+        """Keeps eval mode whatever is asked."""
+        return super().train(False)

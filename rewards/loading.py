@@ -1,0 +1,124 @@
+"""Weights from folders, files and the hub: nothing executable is read, every key is accounted for.
+
+Files are safetensors where there is a choice, else pickles read with `weights_only=True`. Code of a checkpoint's author runs only
+where a class takes `trust_remote_code` and the user said so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["expand", "fill", "find", "loading", "pretrained", "read_weights"]
+
+HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")  # owner/name/file
+LISTED = 8  # keys an error names
+
+
+def expand(name: str) -> str:
+    """Resolves a leading ~; hub ids pass."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+@contextmanager
+def loading(name: str, needed: str) -> Iterator[None]:
+    """Turns whatever a loader raises into one error that says what was asked, what is there and what to do."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # json, safetensors, torch and the hub each raise their own
+        folder = Path(expand(name.removeprefix("local-dir:")))
+        if folder.is_dir():
+            found = f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+        else:
+            found = "no such folder, so it was looked up on the hub"
+        raise OSError(
+            f"cannot load {name!r}: {type(error).__name__}: {error}\n"
+            f"Needed: {needed}. Found: {found}. If a download was interrupted, delete the folder and repeat it."
+        ) from error
+
+
+def find(name: str) -> Path:
+    """A file on disk, or owner/name/file on the hub, which is downloaded.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    path, on_hub = Path(expand(name)), HUB_FILE.fullmatch(name)
+    if path.is_file():
+        return path
+    if not on_hub or path.is_absolute():
+        raise FileNotFoundError(f"no file {name}, and it does not read owner/name/file as a file on the hub does")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(*on_hub.groups()))
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a PyTorch file, there also under `state_dict`.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
+        weights = weights["state_dict"]
+    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError(f"{path} holds no state dict, but {type(weights).__name__}")
+    return dict(weights)
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], name: str, ignore: Sequence[str] = ()) -> None:
+    """Loads weights into a module; every key must fit.
+
+    Args:
+        module: takes the weights in its own types.
+        weights: by the module's names.
+        name: of the checkpoint, for the error.
+        ignore: patterns of keys that may be left over, matched in full.
+
+    Raises:
+        ValueError: keys are missing or left over, or shapes differ; the error lists them.
+    """
+    own = module.state_dict()
+    extra = [k for k in weights if k not in own and not any(re.fullmatch(p, k) for p in ignore)]
+    missing = [k for k in own if k not in weights]
+    differ = [
+        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+        for k, v in weights.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    found = {"lacks": missing, "has unknown": extra, "differs in shape at": differ}
+    if any(found.values()):
+        told = "; ".join(f"{what} {_some(keys)}" for what, keys in found.items() if keys)
+        raise ValueError(f"{name} does not hold the weights of {type(module).__name__}: it {told}")
+    module.load_state_dict({k: weights[k] for k in own})
+
+
+def pretrained(cls: Any, name: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, refusing weights that do not fill the network.
+
+    Raises:
+        OSError: files are missing, incomplete or unreadable.
+    """
+    with loading(name, "config.json and the weights (model.safetensors)"):
+        network, report = cls.from_pretrained(expand(name), output_loading_info=True, **{"dtype": "auto", **options})
+        if report["missing_keys"]:
+            raise OSError(f"the weights lack {_some(sorted(report['missing_keys']))}")
+    return network
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = len(keys) - LISTED
+    return ", ".join(keys[:LISTED]) + (f" and {more} more" if more > 0 else "")
