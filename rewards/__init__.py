@@ -3,8 +3,9 @@
 from .aesthetic import Aesthetic
 from .base import Modality, Prompt, Reward, Scores, as_prompts, facts
 from .clip import CLIPScore, DualEncoder, HPSv2, OpenCLIPScore, PickScore
-from .combine import Batched, Framewise, Weighted
+from .combine import Batched, Framewise, Product, Weighted
 from .crossencoder import CrossEncoder
+from .ensembles import Ensemble
 from .judging import Ask, Judge
 from .preprocess import Preprocess
 from .shapes import Shapes
@@ -21,6 +22,7 @@ __all__ = [
     "Colour",
     "CrossEncoder",
     "DualEncoder",
+    "Ensemble",
     "Framewise",
     "HPSv2",
     "JPEGSize",
@@ -29,6 +31,7 @@ __all__ = [
     "OpenCLIPScore",
     "PickScore",
     "Preprocess",
+    "Product",
     "Prompt",
     "Reward",
     "Scores",

@@ -1,26 +1,27 @@
-"""Rewards made of rewards: weighted sums, image rewards on video, micro-batches.
+"""Rewards made of rewards: weighted sums, products, image rewards on video, micro-batches.
 
 Each is a `Reward` itself, so they nest. What it looks at, whether it has a gradient and whether it reads the prompt
 follow from its children. A NaN of a child is a NaN of the row, whatever its weight: no combination turns a failure into
-a number.
+a number. Ensembles are in `ensembles.py`, functions of one reward in `transforms.py`, constraints in `constraints.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .base import Prompt, Reward, Scores
+from .composite import Composite, Rewards, Wrapper
 
-__all__ = ["Batched", "Framewise", "Weighted"]
+__all__ = ["Batched", "Framewise", "Product", "Weighted"]
+
+Weights = list[float] | dict[str, float] | None
 
 
-class Weighted(Reward):
+class Weighted(Composite):
     """The weighted sum of several rewards.
 
     total = sum_k weights[k] * rewards[k]; no normalisation. `parts` holds the total of each reward before its weight,
@@ -38,54 +39,42 @@ class Weighted(Reward):
         ValueError: no rewards, modalities that differ, or weights that do not match or are not finite.
     """
 
-    def __init__(
-        self, rewards: list[Reward] | dict[str, Reward], weights: list[float] | dict[str, float] | None = None
-    ) -> None:
-        super().__init__()
-        if not rewards:
-            raise ValueError("Weighted needs at least one reward; got none")
-        self.labels = list(rewards) if isinstance(rewards, Mapping) else labels(rewards)
-        children = list(rewards.values()) if isinstance(rewards, Mapping) else list(rewards)
-        if isinstance(weights, Mapping):
-            if set(weights) != set(self.labels):
-                raise ValueError(f"weights must name the rewards {self.labels}; got {list(weights)}")
-            weights = [weights[label] for label in self.labels]
-        self.weights = [1.0] * len(children) if weights is None else [float(w) for w in weights]
-        if len(self.weights) != len(children):
-            raise ValueError(f"Weighted needs one weight a reward: got {len(self.weights)} for {len(children)} rewards")
-        if not all(map(math.isfinite, self.weights)):
-            raise ValueError(f"weights must be finite; got {self.weights}")
-        modalities = {label: child.modality for label, child in zip(self.labels, children, strict=True)}
-        if len(set(modalities.values())) > 1:
-            raise ValueError(
-                f"Weighted needs rewards of one modality; got {modalities}: lift image rewards by Framewise"
-            )
-        self.rewards = nn.ModuleList(children)
-        self.modality = children[0].modality
-        self.differentiable = all(child.differentiable for child in children)
-        self.needs_prompt = any(child.needs_prompt for child in children)
-
-    @property
-    def name(self) -> str:
-        return f"Weighted({', '.join(self.labels)})"
+    def __init__(self, rewards: Rewards, weights: Weights = None) -> None:
+        super().__init__(rewards)
+        self.weights = self.numbers("weights", weights, 1.0)
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Scores:
-        totals = [child(media, prompts) for child in self.rewards]
-        total = sum((w * t for w, t in zip(self.weights, totals, strict=True)), torch.zeros_like(totals[0]))
-        return Scores(total, dict(zip(self.labels, totals, strict=True)))
+        parts = self.totals(media, prompts)
+        terms = (w * t for w, t in zip(self.weights, parts.values(), strict=True))
+        return Scores(sum(terms, media.new_zeros(len(media), dtype=torch.float32)), parts)
 
 
-def labels(rewards: Sequence[Reward]) -> list[str]:
-    """Names of rewards, numbered from the second of a kind."""
-    seen: dict[str, int] = {}
-    result = []
-    for reward in rewards:
-        seen[reward.name] = seen.get(reward.name, 0) + 1
-        result.append(reward.name if seen[reward.name] == 1 else f"{reward.name}_{seen[reward.name]}")
-    return result
+class Product(Composite):
+    """The product of several rewards: all of them must be high, which a sum does not ask.
+
+    Meant for scores that are never negative, such as probabilities and shares: the product of two negative scores is positive.
+    `parts` holds the factors.
+
+    Range: of the product
+    Size: as its parts
+    Gradient: as its parts; that of a factor is scaled by the product of the others
+
+    Args:
+        rewards: what to multiply; a dict gives the parts names.
+
+    Raises:
+        ValueError: no rewards, or modalities that differ.
+    """
+
+    def __init__(self, rewards: Rewards) -> None:
+        super().__init__(rewards)
+
+    def measure(self, media: Tensor, prompts: list[Prompt]) -> Scores:
+        parts = self.totals(media, prompts)
+        return Scores(torch.stack(list(parts.values())).prod(dim=0), parts)
 
 
-class Framewise(Reward):
+class Framewise(Wrapper):
     """An image reward applied to every frame of a video.
 
     All frames of all videos go through the reward in one call; wrap it in `Batched` to bound the memory. Total and
@@ -100,26 +89,22 @@ class Framewise(Reward):
         reduce: how the scores of the frames become the score of the video.
 
     Raises:
-        ValueError: the reward does not look at images, or `reduce` is unknown.
+        ValueError: the reward does not look at images, or compares samples, or `reduce` is unknown.
     """
 
-    modality = "video"
-
     def __init__(self, reward: Reward, reduce: Literal["mean", "min", "max", "median"] = "mean") -> None:
-        super().__init__()
+        super().__init__(reward)
         if reward.modality != "image":
             raise ValueError(f"Framewise lifts image rewards; {reward.name} looks at {reward.modality}")
         rules = {"mean": torch.mean, "min": torch.amin, "max": torch.amax, "median": middle}
         if reduce not in rules:
             raise ValueError(f"reduce must be one of {', '.join(rules)}; got {reduce!r}")
-        self.reward = reward
+        if reward.compares:
+            raise ValueError(
+                f"{reward.name} would compare frames with one another: put it around Framewise, not inside"
+            )
         self.reduce = rules[reduce]
-        self.differentiable = reward.differentiable
-        self.needs_prompt = reward.needs_prompt
-
-    @property
-    def name(self) -> str:
-        return f"Framewise({self.reward.name})"
+        self.modality = "video"
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Scores:
         frames = media.shape[1]
@@ -136,7 +121,7 @@ def middle(values: Tensor, dim: int) -> Tensor:
     return values.median(dim=dim).values
 
 
-class Batched(Reward):
+class Batched(Wrapper):
     """A reward evaluated a few samples at a time; the scores are the same.
 
     Range: as its part
@@ -150,17 +135,18 @@ class Batched(Reward):
             backward pass needs the memory of the whole batch, whatever `size` is.
 
     Raises:
-        ValueError: `size` is below 1.
+        ValueError: `size` is below 1, or the reward compares samples.
     """
 
     def __init__(self, reward: Reward, size: int = 8, recompute: bool = False) -> None:
-        super().__init__()
+        super().__init__(reward)
         if size < 1:
             raise ValueError(f"size must be at least 1; got {size}")
-        self.reward, self.size, self.recompute = reward, size, recompute
-        self.modality = reward.modality
-        self.differentiable = reward.differentiable
-        self.needs_prompt = reward.needs_prompt
+        if reward.compares:
+            raise ValueError(
+                f"{reward.name} compares samples that Batched would separate: put Batched around its parts"
+            )
+        self.size, self.recompute = size, recompute
 
     @property
     def name(self) -> str:
@@ -174,5 +160,6 @@ class Batched(Reward):
                 scores.append(recompute(self.reward.score, media[rows], prompts[rows], use_reentrant=False))
             else:
                 scores.append(self.reward.score(media[rows], prompts[rows]))
-        parts = {k: torch.cat([s.parts[k] for s in scores]) for k in scores[0].parts}
+        names = dict.fromkeys(name for s in scores for name in s.parts)
+        parts = {k: torch.cat([s.parts.get(k, torch.full_like(s.total, torch.nan)) for s in scores]) for k in names}
         return Scores(torch.cat([s.total for s in scores]), parts)

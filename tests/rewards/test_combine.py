@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from rewards import Batched, Brightness, Colour, Framewise, JPEGSize, Reward, Scores, Sharpness, Weighted
+from rewards import (
+    Batched,
+    Brightness,
+    Colour,
+    Framewise,
+    JPEGSize,
+    Product,
+    Reward,
+    Scores,
+    Sharpness,
+    Weighted,
+)
 from tests.rewards.tiny import natural
 
 
@@ -70,6 +81,44 @@ def test_nan_of_a_child_is_nan_of_the_row(weight: float) -> None:
     scores = Weighted([Brightness(), Fails()], [1.0, weight]).score(IMAGES)
     assert scores.total.isnan().tolist() == [True, False, False, False, False]
     assert not scores.parts["Brightness"].isnan().any()
+
+
+def test_a_product_is_as_good_as_all_its_factors() -> None:
+    bright, red = Brightness(), Colour("red")
+    x = IMAGES.clone().requires_grad_()
+    scores = Product({"bright": bright, "red": red}).score(x)
+    torch.testing.assert_close(scores.total, bright(x) * red(x))
+    assert list(scores.parts) == ["bright", "red"]
+    (gradient,) = torch.autograd.grad(scores.total.sum(), x)
+    expected = torch.autograd.grad((bright(x) * red(x).detach() + bright(x).detach() * red(x)).sum(), x)[0]
+    torch.testing.assert_close(gradient, expected)
+    assert Product([bright, Fails()])(IMAGES).isnan().tolist() == [True, False, False, False, False]
+
+
+def test_a_factor_of_zero_still_has_its_slope() -> None:
+    x = IMAGES.clone().requires_grad_()
+    zero, two = Weighted([Brightness()], [0.0]), Weighted([Brightness()], [2.0])
+    (gradient,) = torch.autograd.grad(Product([zero, two])(x).sum(), x)
+    assert gradient.isfinite().all()
+
+
+class Ranks(Reward):
+    """Compares the samples of a call."""
+
+    needs_prompt = False
+    compares = True
+
+    def measure(self, media, prompts):
+        return media.flatten(1).mean(1).argsort().argsort().float()
+
+
+def test_what_compares_samples_is_not_taken_apart() -> None:
+    assert Weighted([Ranks(), Brightness()]).compares
+    assert not Weighted([Sharpness(), Brightness()]).compares
+    with pytest.raises(ValueError, match="put Batched around its parts"):
+        Batched(Weighted([Ranks(), Brightness()]))
+    with pytest.raises(ValueError, match="put it around Framewise"):
+        Framewise(Ranks())
 
 
 def test_what_a_sum_inherits() -> None:

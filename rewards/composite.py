@@ -1,0 +1,145 @@
+"""What rewards made of rewards share: their children, what follows from them, and numbers that follow a training run.
+
+No combination turns a failure into a number: a NaN of a child is a NaN of the row.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Prompt, Reward, Scores
+
+__all__ = ["Adaptive", "Composite", "Rewards", "Wrapper", "labels"]
+
+Rewards = list[Reward] | dict[str, Reward]
+
+
+class Composite(Reward):
+    """A reward made of several.
+
+    Attributes:
+        labels: what the parts are called: the keys of a dict, or the classes (`CLIPScore`, `CLIPScore_2`, ...).
+        rewards: in the same order.
+
+    Raises:
+        ValueError: no rewards, or modalities that differ.
+    """
+
+    def __init__(self, rewards: Rewards) -> None:
+        super().__init__()
+        kind = type(self).__name__
+        if not rewards:
+            raise ValueError(f"{kind} needs at least one reward; got none")
+        self.labels = list(rewards) if isinstance(rewards, Mapping) else labels(rewards)
+        children = list(rewards.values()) if isinstance(rewards, Mapping) else list(rewards)
+        modalities = {label: child.modality for label, child in zip(self.labels, children, strict=True)}
+        if len(set(modalities.values())) > 1:
+            raise ValueError(f"{kind} needs rewards of one modality; got {modalities}: lift image rewards by Framewise")
+        self.rewards = nn.ModuleList(children)
+        self.modality = children[0].modality
+        self.differentiable = all(child.differentiable for child in children)
+        self.needs_prompt = any(child.needs_prompt for child in children)
+        self.compares = any(child.compares for child in children)
+        self.claims_quality = all(child.claims_quality for child in children)
+
+    @property
+    def name(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.labels)})"
+
+    def scored(self, media: Tensor, prompts: list[Prompt]) -> dict[str, Scores]:
+        """What each child says, by its label."""
+        pairs = zip(self.labels, self.rewards, strict=True)
+        return {label: child.score(media, prompts) for label, child in pairs}  # pyright: ignore[reportCallIssue]
+
+    def totals(self, media: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
+        """The totals alone."""
+        return {label: scores.total for label, scores in self.scored(media, prompts).items()}
+
+    def numbers(self, what: str, given: list[float] | dict[str, float] | None, default: float) -> list[float]:
+        """One number a child, given in the form of the rewards; `default` for all if None is given.
+
+        Raises:
+            ValueError: they do not match the rewards, or are not finite.
+        """
+        if isinstance(given, Mapping):
+            if set(given) != set(self.labels):
+                raise ValueError(f"{what} must name the rewards {self.labels}; got {list(given)}")
+            given = [given[label] for label in self.labels]
+        found = [default] * len(self.labels) if given is None else [float(number) for number in given]
+        if len(found) != len(self.labels):
+            raise ValueError(
+                f"{type(self).__name__} needs as many {what} as rewards: got {len(found)} for {len(self.labels)}"
+            )
+        if not all(abs(number) < float("inf") for number in found):
+            raise ValueError(f"{what} must be finite; got {found}")
+        return found
+
+
+class Wrapper(Reward):
+    """A reward made of one."""
+
+    def __init__(self, reward: Reward) -> None:
+        super().__init__()
+        self.reward = reward
+        self.modality = reward.modality
+        self.differentiable = reward.differentiable
+        self.needs_prompt = reward.needs_prompt
+        self.compares = reward.compares
+        self.claims_quality = reward.claims_quality
+
+    @property
+    def name(self) -> str:
+        return f"{type(self).__name__}({self.reward.name})"
+
+    def told(self, total: Tensor, scores: Scores) -> Scores:
+        """A new total beside the child's own, under its name, and the child's parts."""
+        return Scores(total, {**scores.parts, self.reward.name: scores.total})
+
+
+class Adaptive(Reward):
+    """A reward with numbers that follow a training run, such as multipliers or running statistics.
+
+    Only a trainer moves them: while it collects, `seen` is a list to which `watch` adds what was measured; after each collection
+    `learn` takes what all processes have seen. Scores of one collection all come from the numbers at its start. Evaluation,
+    steering and scoring change nothing.
+
+    Attributes:
+        seen: (B, C) each, or None while nobody collects.
+    """
+
+    seen: list[Tensor] | None = None
+
+    def watch(self, values: Tensor) -> None:
+        """Remembers (B, C) measurements for `learn`."""
+        if self.seen is not None:
+            self.seen.append(values.detach())
+
+    @abstractmethod
+    def learn(self, values: Tensor) -> None:
+        """Takes what a collection measured: (N, C) float64, the same in every process; NaN where not judged."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """The numbers, for a checkpoint: Python numbers and lists of them."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Puts `state()` back."""
+
+    @abstractmethod
+    def worth_watching(self) -> dict[str, float]:
+        """The numbers by name, for the log of a run."""
+
+
+def labels(rewards: Sequence[Reward]) -> list[str]:
+    """Names of rewards, numbered from the second of a kind."""
+    seen: dict[str, int] = {}
+    result = []
+    for reward in rewards:
+        seen[reward.name] = seen.get(reward.name, 0) + 1
+        result.append(reward.name if seen[reward.name] == 1 else f"{reward.name}_{seen[reward.name]}")
+    return result
