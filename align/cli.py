@@ -19,7 +19,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    argv = _config_first(sys.argv[1:] if argv is None else argv)
+    argv = _config_first(_named(sys.argv[1:] if argv is None else argv))
     try:
         if argv[:1] == ["train"] and not {"-h", "--help", "--print_config"} & set(argv):
             return train.run(argv[1:])  # what a resumed run is told depends on its folder
@@ -34,13 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _named(argv: Sequence[str]) -> list[str]:
+    """Lets the one thing a command is about stand without its option: kilter train CONFIG, kilter check-reward NAME."""
+    option = {"train": "--config", "check-reward": "--reward"}.get(argv[0]) if argv else None
+    if option and len(argv) > 1 and not argv[1].startswith("-"):
+        return [argv[0], f"{option}={argv[1]}", *argv[2:]]
+    return list(argv)
+
+
 def _config_first(argv: Sequence[str]) -> list[str]:
     """Moves --config right behind the command: whatever else is said on the line, in any order, overrides the file."""
     pick = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pick.add_argument("--config", action="append", default=[])
     given, rest = pick.parse_known_args(argv)
-    if rest[:1] == ["train"] and len(rest) > 1 and not rest[1].startswith("-"):
-        given.config, rest = [*given.config, rest[1]], [rest[0], *rest[2:]]  # kilter train CONFIG
     return [*rest[:1], *(f"--config={file}" for file in given.config), *rest[1:]]
 
 

@@ -1,6 +1,6 @@
 """The sub-commands of `kilter`, one module each: `HELP`, `parser()` and `run(parser, parsed, options) -> exit code`."""
 
+from . import check_reward, score, steer, train
 from . import list as listing
-from . import score, steer, train
 
-COMMANDS = {"steer": steer, "train": train, "score": score, "list": listing}
+COMMANDS = {"steer": steer, "train": train, "score": score, "check-reward": check_reward, "list": listing}

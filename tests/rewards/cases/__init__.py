@@ -22,13 +22,17 @@ class Case:
         build: takes pytest's request, for fixtures.
         prompts: four prompts that the reward tells apart.
         media: four samples; None means images of natural statistics.
-        tolerance: allowed difference between batch sizes, in the reward's unit.
+        tolerance: allowed difference of scores that should be equal, in the reward's unit.
+        size: how far scores may move when media are enlarged, in standard deviations of the scores; None for as far as they like.
+        rounding: the same for media rounded to 8 bits.
     """
 
     build: Callable[[pytest.FixtureRequest], Reward]
     prompts: tuple[str, ...] = ("a red cat", "two dog on the house", "the blue bird", "photo of a car")
     media: Callable[[], Tensor] | None = None
     tolerance: float = 1e-5
+    size: float | None = 1.0
+    rounding: float | None = 0.2
 
     def show(self) -> Tensor:
         # away from 0 and 1, so that no clamp hides a slope

@@ -84,13 +84,13 @@ CASES: dict[str, Case] = {
         media=lambda: (0.1 + 0.8 * tiny.natural(12, 36, 43)).unflatten(0, (4, 3)),
     ),
     "HPSv2": Case(hpsv2),
-    "JPEGSize": Case(lambda _: rewards.JPEGSize()),
+    "JPEGSize": Case(lambda _: rewards.JPEGSize(), size=None),
     "OpenCLIPScore": Case(
         lambda r: rewards.OpenCLIPScore(f"local-dir:{folder('open_clip_folder')(r)}"), tolerance=1e-3
     ),
     "PickScore": Case(lambda r: rewards.PickScore(*[folder("clip_folder")(r)] * 2), tolerance=1e-3),
     "Shapes": Case(lambda _: rewards.Shapes(), GRAMMAR, shapes),
-    "Sharpness": Case(lambda _: rewards.Sharpness()),
-    "SmoothJPEGSize": Case(lambda _: rewards.SmoothJPEGSize(), tolerance=1e-4),
+    "Sharpness": Case(lambda _: rewards.Sharpness(), size=None),
+    "SmoothJPEGSize": Case(lambda _: rewards.SmoothJPEGSize(), tolerance=1e-4, size=None),
     "Weighted": Case(mixed),
 }
