@@ -7,15 +7,17 @@ where a class takes `trust_remote_code` and the user said so.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["expand", "fill", "find", "loading", "pretrained", "read_weights"]
+__all__ = ["expand", "fill", "find", "loading", "pretrained", "pretrained_tokenizer", "read_weights"]
 
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")  # owner/name/file
 LISTED = 8  # keys an error names
@@ -117,6 +119,38 @@ def pretrained(cls: Any, name: str, **options: Any) -> Any:
         if report["missing_keys"]:
             raise OSError(f"the weights lack {_some(sorted(report['missing_keys']))}")
     return network
+
+
+def pretrained_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub id, refusing the empty one that transformers 5 makes up for want of its files: it reads
+    every prompt alike.
+
+    Raises:
+        OSError: files are missing, or the vocabulary holds special tokens only.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(name, "the tokenizer (tokenizer.json)"):
+        tokenizer = AutoTokenizer.from_pretrained(expand(name))
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise OSError("the tokenizer's files are missing: it knows no words")
+    return tokenizer
+
+
+def imported(path: str) -> Any:
+    """What a dotted path names, such as a function of the user's; modules in the working directory are found too.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, _, name = path.rpartition(".")
+    sys.path.append(str(Path.cwd()))
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import {path!r}: {error}; give it as package.module.name") from error
+    finally:
+        sys.path.pop()
 
 
 def _some(keys: Sequence[str]) -> str:
