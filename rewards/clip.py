@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward
-from .loading import expand, loading, pretrained
+from .loading import expand, loading, pretrained, pretrained_tokenizer
 from .preprocess import Preprocess, Quantize, from_image_processor, from_open_clip
 
 __all__ = ["CLIPScore", "DType", "DualEncoder", "HPSv2", "OpenCLIPScore", "PickScore", "Variant"]
@@ -210,7 +210,7 @@ class CLIPScore(DualEncoder):
         alpha: float = 0.5,
     ) -> None:
         super().__init__(variant, dtype, baseline, alpha)
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        from transformers import AutoImageProcessor, AutoModel
 
         source = model if processor is None else processor
         network = pretrained(AutoModel, model)
@@ -219,9 +219,8 @@ class CLIPScore(DualEncoder):
             raise ValueError(f"{self.name} needs a dual encoder such as CLIP or SigLIP; {model!r} holds a {kind}")
         if kind == "siglip2":
             raise ValueError(f"{self.name} cannot feed NaFlex SigLIP 2 ({model!r}): use a checkpoint of fixed size")
-        with loading(source, "the tokenizer (tokenizer.json) and preprocessor_config.json"):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(expand(source))
-            check_tokenizer(self.tokenizer)
+        self.tokenizer: Any = pretrained_tokenizer(source)
+        with loading(source, "preprocessor_config.json"):
             images = AutoImageProcessor.from_pretrained(expand(source))
         self.siglip, self.lowercase = kind == "siglip", lowercase
         self.max_length = min(self.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
@@ -390,13 +389,3 @@ class HPSv2(OpenCLIPScore):
 def pooled(output: Any) -> Tensor:
     """The projected embedding: transformers 4 returns it, transformers 5 returns an object that holds it."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuses the empty tokenizer that transformers 5 makes up for want of its files: it reads every prompt alike.
-
-    Raises:
-        OSError: the vocabulary holds special tokens only.
-    """
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise OSError("the tokenizer's files are missing: it knows no words")
