@@ -118,16 +118,17 @@ class FeynmanKac(Steering):
         due = ctx.step in self.events(ctx.levels.steps) and ctx.kernel.diversifies(ctx.levels, ctx.step)
         if not ctx.final and not due:
             return None
-        value = self._value(ctx)
+        value, judged = self._value(ctx)
         proposals = self._take_log_ratio(ctx)
         if self.beta == 0:
             best = value.reshape(-1, self.family(ctx.particles))
             best = (best == best.amax(1, keepdim=True)).reshape_as(value)
-            ctx.log_w = torch.where(best & ~torch.isneginf(value), 0.0, -torch.inf).double()
+            unseen = ~judged.any(1, keepdim=True)
+            ctx.log_w = torch.where(best & ~torch.isneginf(value) | unseen, 0.0, -torch.inf).double()
         else:
             dead = torch.isneginf(value)
             value = torch.where(dead, -torch.inf, value.masked_fill(dead, 0) / self.beta)
-            ctx.log_w = ctx.log_w + proposals + self._potential(ctx, value, proposals)
+            ctx.log_w = ctx.log_w + proposals + self._potential(ctx, value, judged, proposals)
         self._refuse_degenerate(ctx)
         families = ctx.log_w.reshape(-1, self.family(ctx.particles))
         alive = families.amax(1) > -torch.inf
@@ -161,21 +162,25 @@ class FeynmanKac(Steering):
         offsets = (torch.arange(per_group) * width).repeat(ctx.groups)[:, None]
         return (chosen + offsets).reshape(ctx.groups, ctx.particles)
 
-    def _potential(self, ctx: Context, value: Tensor, proposals: Tensor) -> Tensor:
-        """(P, K) the log potential of this event; the lineage's running sum, maximum and total follow."""
+    def _potential(self, ctx: Context, value: Tensor, judged: Tensor, proposals: Tensor) -> Tensor:
+        """(P, K) the log potential of this event; the lineage's running sum, maximum and total follow.
+
+        A particle that was not judged keeps its weight: the potential of a later event, at last of the end, makes up for it.
+        """
         zero = torch.zeros_like(value)
         spent = ctx.rows.get("spent", zero)
-        dead = torch.isneginf(value)
+        dead = torch.isneginf(value) & judged
         if ctx.final:
             return value - spent
         if self.potential == "max":
             value = ctx.rows["max"] = torch.maximum(value, ctx.rows.get("max", zero - torch.inf))
         elif self.potential == "sum":
-            value = ctx.rows["sum"] = value + ctx.rows.get("sum", zero)
+            value = ctx.rows["sum"] = torch.where(judged, value, 0.0) + ctx.rows.get("sum", zero)
 
         def increment(gamma: Tensor) -> Tensor:
-            grown = gamma * torch.where(dead, 0.0, value)
-            return torch.where(dead, -torch.inf, grown - spent if self.potential == "difference" else grown)
+            grown = gamma * torch.where(torch.isneginf(value), 0.0, value)
+            grown = grown - spent if self.potential == "difference" else grown
+            return torch.where(judged, torch.where(dead, -torch.inf, grown), 0.0)
 
         step = increment(self._gamma(ctx, ctx.log_w + proposals, increment))
         ctx.rows["spent"] = spent + torch.where(dead, 0.0, step)
@@ -191,8 +196,11 @@ class FeynmanKac(Steering):
         ctx.rows["gamma"] = gamma.reshape(-1, 1).expand_as(log_w)
         return gamma.reshape(-1, 1)
 
-    def _value(self, ctx: Context) -> Tensor:
-        """(P, K) float64 on the CPU: the reward of each clean estimate; −∞ (a dead particle) where it could not be judged."""
+    def _value(self, ctx: Context) -> tuple[Tensor, Tensor]:
+        """(P, K) float64 on the CPU: the reward of each clean estimate, −∞ if it has none; and which were judged.
+
+        At the end, and where the estimate is not finite, a particle that could not be judged is dead.
+        """
         reward = self._need_reward()
         estimate = self.draws == 1 and ctx.clean.eps is not None  # tokens have no mean: their estimate is a draw
         if ctx.final or estimate:
@@ -204,16 +212,18 @@ class FeynmanKac(Steering):
         failed = value.isnan()
         if bool(failed.any()):
             ctx.failures[reward.name] = ctx.failures.get(reward.name, 0) + int(failed.sum())
-            if bool(failed.all(1).any()):
+            if bool(failed.all(1).any() if ctx.final else failed.all()):
                 prompt = next(
                     (p.text for p, f in zip(ctx.prompts[:: ctx.particles], failed.all(1), strict=False) if f), ""
                 )
                 raise RewardFailed(f"{reward.name} could judge no sample of {prompt!r} at step {ctx.step}")
+        lost = ~ctx.clean.x0.flatten(1).isfinite().all(1).cpu().reshape(value.shape) | ctx.final
+        judged = ~failed | lost
         value = value.masked_fill(failed, -torch.inf)
-        if bool((value.amax(1) == -torch.inf).any()):
+        if bool(((value == -torch.inf) & judged).all(1).any()):
             raise RewardFailed(f"{reward.name} gave every particle of a prompt −∞ or NaN at step {ctx.step}")
         ctx.rows["reward"] = value
-        return value
+        return value, judged
 
     def _soft_mean(self, draws: Tensor) -> Tensor:
         """β·log mean exp(r/β) over dim 0, the value the potentials are consistent with."""

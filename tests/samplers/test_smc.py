@@ -160,9 +160,9 @@ class DropsWeights(FeynmanKac):
 class KeepsMaximum(FeynmanKac):
     """The published last potential of max: exp of the maximum along the path, not of r(x0)."""
 
-    def _potential(self, ctx, value, proposals):
+    def _potential(self, ctx, value, judged, proposals):
         if not ctx.final:
-            return super()._potential(ctx, value, proposals)
+            return super()._potential(ctx, value, judged, proposals)
         return torch.maximum(value, ctx.rows["max"]) - ctx.rows["spent"]
 
 
@@ -294,6 +294,50 @@ class Sometimes(Linear):
     def measure(self, media, prompts):
         value = super().measure(media, prompts)
         return value.masked_fill(value < self.a * -0.2, torch.nan)
+
+
+class Flaky(Linear):
+    """Like a judge behind a network: fails by chance at intermediate events, never in its last call."""
+
+    def __init__(self, a, calls, failing=0.4):
+        super().__init__(a)
+        self.left, self.failing, self.generator = calls, failing, torch.Generator().manual_seed(0)
+
+    def measure(self, media, prompts):
+        self.left -= 1
+        lost = torch.rand(len(media), generator=self.generator) < self.failing * (self.left > 0)
+        return super().measure(media, prompts).masked_fill(lost, torch.nan)
+
+
+def calls(steering):
+    return len([i for i in steering.events(STEPS) if DDIM(1.0).diversifies(chain()[1], i)]) + 1
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+@pytest.mark.parametrize("tempering", ["constant", "linear", "adaptive"])
+def test_a_judge_that_fails_now_and_then_changes_no_final_weight(potential, tempering):
+    def steering(reward):
+        return FeynmanKac(reward, 0.3, potential, resampler="none", tempering=tempering)
+
+    ended = run(steering(Flaky(1.7, calls(steering(None)))), 5, 4)
+    assert potential == "terminal" or ended.failures["Flaky"] > 10
+    assert torch.allclose(ended.log_w, (1.7 / 0.3) * ended.x0.view(5, 4), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("potential", ["difference", "max"])
+def test_evidence_stays_unbiased_when_the_judge_fails_now_and_then(potential):
+    policy, levels, mean, var = chain()
+    steering = FeynmanKac(Linear(), 1.0, potential, every=2)
+    steering.reward = Flaky(Linear().a, calls(steering))
+    ended = run(steering, 3000, 8, policy=policy, levels=levels)
+    assert steering.reward.left == 0 and ended.failures["Flaky"] > 3000
+    assert abs(z_score((ended.log_z - tilted_linear(mean, var, 1.0)[0]).exp(), 1.0)) < 3
+
+
+def test_the_best_of_those_judged_is_kept():
+    ended = run(CoDe(Flaky(1.0, calls(CoDe(block=2)), 0.6), block=2), 50, 3)
+    assert ended.failures["Flaky"] > 50
+    assert ended.x0.isfinite().all()
 
 
 class Never(Linear):
