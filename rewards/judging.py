@@ -31,6 +31,7 @@ class Ask:
         system: what the judge is told beforehand.
         start: words that the answer begins with, as if the judge had said them.
         seed: of the draw, where answers are drawn.
+        schema: JSON schema of the answer, for judges that can be held to one; others pass it over.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Ask:
     system: str = ""
     start: str = ""
     seed: int = 0
+    schema: str = ""
 
 
 class Judge(Configurable, nn.Module, ABC):
