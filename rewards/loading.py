@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["expand", "fill", "find", "loading", "pretrained", "pretrained_tokenizer", "read_weights"]
+__all__ = ["expand", "fill", "find", "imported", "loading", "pretrained", "pretrained_tokenizer", "read_weights"]
 
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")  # owner/name/file
 LISTED = 8  # keys an error names
