@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from importlib import import_module
 from typing import Literal, Optional
 
@@ -10,6 +11,7 @@ from jsonargparse import Namespace
 
 from samplers.families import FAMILIES
 
+from ..catalogue import Entry, catalogue
 from ..parsing import COMPONENTS, Parser, concrete
 
 HELP = "list components and model families"
@@ -19,10 +21,15 @@ def parser() -> Parser:
     """The command's options."""
     options = Parser(description="List what can be chosen.")
     options.add_argument("kind", nargs="?", type=Optional[Literal[(*COMPONENTS, "families")]], help="list only these")
+    options.add_argument("--json", action="store_true", help="rewards as JSON lines")
     return options
 
 
 def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
+    if options.kind == "rewards" or options.json:
+        for entry in catalogue():
+            print(json.dumps(entry.as_dict()) if options.json else _told(entry))
+        return 0
     for kind, base in COMPONENTS.items():
         if options.kind in (None, kind):
             print(f"{kind}:")
@@ -34,3 +41,14 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
             module, name = adapter.split(":")
             print(f"  {pipeline:<32} {(inspect.getdoc(getattr(import_module(module), name)) or '').splitlines()[0]}")
     return 0
+
+
+def _told(entry: Entry) -> str:
+    """All that is known about a reward, in three lines."""
+    looks_at = f"{entry.looks_at} and prompt" if entry.reads_prompt else entry.looks_at
+    weights = f"{entry.weights}; {entry.licence}; " if entry.weights else ""
+    return (
+        f"{entry.name:<18} {entry.title}\n"
+        f"{'':<18} {looks_at}; gradient: {entry.gradient}; range: {entry.range}; size: {entry.size}\n"
+        f"{'':<18} {weights}{len(entry.proven)} laws proven"
+    )

@@ -15,6 +15,7 @@ import align
 import rewards
 import samplers
 from align import feedback, objectives, sources
+from align.catalogue import table
 from align.commands.train import parser as train_parser
 from align.config import NAMES
 from align.parsing import COMPONENTS, build_parser, concrete
@@ -181,6 +182,10 @@ def test_every_training_config_loads_and_fits(path, embedded, pick_a_pic, monkey
     sampling = Sampling.of(embedded, config.kernel, config.steps, config.guidance)
     source.check(sources.Run(embedded, sampling, World(cpu=True), 0, config.batch, samplers.Ledger()))
     objective.check_source(source, sampling)
+
+
+def test_the_readme_has_the_catalogue_of_rewards():
+    assert table() in (ROOT / "README.md").read_text(), "write it: python -m align.catalogue"
 
 
 @pytest.mark.parametrize("kind", sorted(COMPONENTS))
