@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rewards import Prompt, Reward
+from rewards.preprocess import sharing
 from samplers import Policy
 from samplers.noise import mix
 
@@ -87,7 +88,7 @@ class Evaluator:
             seeds = [mix(self.seed, p, s) for p, s in part]
             with policy.acting_as(who):
                 path = self.sampling.roll(policy, prompts, seeds, record="path", watch=watch)
-            with torch.no_grad():
+            with torch.no_grad(), sharing():
                 pixels = policy.decode(path.x0)
                 for name, reward in self.panel.items():
                     columns[name].append(reward(pixels, prompts).cpu())

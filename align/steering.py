@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rewards import Prompt, Reward, as_prompts
+from rewards.preprocess import sharing
 from samplers import Context, Interrupted, Kernel, Ledger, Policy, SeededNoise, Size, Steering, Trajectory, rollout
 from samplers.steering import FREE
 
@@ -184,7 +185,8 @@ class _Run:
         if media is None:
             with torch.no_grad(), trajectory.ledger.spend("decode", len(trajectory.x0), trajectory.x0.device):
                 media = self.policy.decode(trajectory.x0)
-        scores = self._scores(media, [p for p in prompts for _ in range(k)], trajectory, result)
+        with sharing():
+            scores = self._scores(media, [p for p in prompts for _ in range(k)], trajectory, result)
         chosen = self._best(scores, trajectory, arm)
         weights, seeds, images = trajectory.weights.flatten().tolist(), self.seeds(len(prompts), first), media.cpu()
         result.samples += [

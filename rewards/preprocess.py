@@ -30,7 +30,9 @@ side and round the offset (half to even), HPSv2 and open_clip's `longest` mode r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +52,7 @@ __all__ = [
     "from_image_processor",
     "from_open_clip",
     "resample",
+    "sharing",
     "smart_size",
 ]
 
@@ -145,6 +148,17 @@ class Preprocess:
         Returns:
             (B, 3, h, w), normalised, in float32, or float64 if `images` is.
         """
+        done = DONE.get()
+        if done is None:
+            return self.prepared(images)
+        version = 0 if images.is_inference() else images._version
+        key = (id(images), version, torch.is_grad_enabled(), self)
+        if key not in done:
+            done[key] = (images, self.prepared(images))  # keeping the images keeps their id
+        return done[key][1]
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """What a call does, unless it has been done."""
         x = self.store(images if images.dtype == torch.float64 else images.float())
         if self.policy == "expand2square":
             side = max(x.shape[-2:])
@@ -178,6 +192,22 @@ class Preprocess:
         colour = x.new_tensor(list(fill)).view(3, 1, 1)
         top, left = lack_h // 2, lack_w // 2
         return F.pad(x - colour, (left, lack_w - left, top, lack_h - top)) + colour
+
+
+DONE: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("DONE", default=None)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Within, rewards that prepare the same tensor in the same way do it once: PickScore and ImageReward, say, in a sum."""
+    if DONE.get() is not None:
+        yield
+        return
+    token = DONE.set({})
+    try:
+        yield
+    finally:
+        DONE.reset(token)
 
 
 def resample(

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from rewards.preprocess import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocess, resample, smart_size
+from rewards.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocess,
+    resample,
+    sharing,
+    smart_size,
+)
 from tests.rewards.tiny import natural
 
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -204,3 +214,31 @@ def test_constants_are_those_of_the_libraries() -> None:
 def test_wrong_fields_raise(wrong) -> None:
     with pytest.raises(ValueError, match="got"):
         Preprocess(**wrong)
+
+
+def test_what_is_shared_is_prepared_once_with_the_same_values_and_gradients(monkeypatch) -> None:
+    made = []
+    prepared = Preprocess.prepared
+    monkeypatch.setattr(Preprocess, "prepared", lambda self, x: made.append(self) or prepared(self, x))
+    one, same, other = Preprocess(size=8), Preprocess(size=8), Preprocess(size=8, policy="squash")
+    images = natural(2, 20, 30).requires_grad_()
+
+    def slope() -> torch.Tensor:
+        return torch.autograd.grad(sum(p(images).square().sum() for p in (one, same, other)), images)[0]
+
+    alone = slope()
+    made.clear()
+    with sharing():
+        torch.testing.assert_close(slope(), alone)
+        assert made == [one, other]
+        with sharing():  # an inner one joins
+            one(images)
+        assert len(made) == 2
+        assert not one(images.detach()).requires_grad  # another tensor
+        with torch.no_grad():
+            assert not one(images).requires_grad
+            images += 0.1  # changed in place
+            assert not torch.equal(one(images), one(images - 0.1))
+    made.clear()
+    one(images), one(images)
+    assert len(made) == 2
