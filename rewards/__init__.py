@@ -5,14 +5,17 @@ from .audio import CLAPScore, Clipping, Loudness, Silence
 from .base import Modality, Prompt, Reward, Scores, as_prompts, facts
 from .clip import CLIPScore, DualEncoder, HPSv2, OpenCLIPScore, PickScore
 from .combine import Batched, Framewise, Product, Weighted
+from .constraints import Constrained
 from .crossencoder import CrossEncoder
 from .ensembles import Ensemble
 from .imagereward import CycleReward, ImageReward, IterComp
 from .judging import Ask, Judge
 from .ocr import OCRAccuracy
 from .preprocess import Preprocess
+from .safety import Safety, SafetyChecker
 from .shapes import Shapes
 from .simple import Brightness, Colour, JPEGSize, Sharpness, SmoothJPEGSize
+from .transforms import Clipped, Delta, LogSigmoid, Standardised
 
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
@@ -23,10 +26,13 @@ __all__ = [
     "Brightness",
     "CLAPScore",
     "CLIPScore",
+    "Clipped",
     "Clipping",
     "Colour",
+    "Constrained",
     "CrossEncoder",
     "CycleReward",
+    "Delta",
     "DualEncoder",
     "Ensemble",
     "Framewise",
@@ -35,6 +41,7 @@ __all__ = [
     "IterComp",
     "JPEGSize",
     "Judge",
+    "LogSigmoid",
     "Loudness",
     "Modality",
     "OCRAccuracy",
@@ -44,11 +51,14 @@ __all__ = [
     "Product",
     "Prompt",
     "Reward",
+    "Safety",
+    "SafetyChecker",
     "Scores",
     "Shapes",
     "Sharpness",
     "Silence",
     "SmoothJPEGSize",
+    "Standardised",
     "Weighted",
     "as_prompts",
     "facts",

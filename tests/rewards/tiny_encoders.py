@@ -1,0 +1,87 @@
+"""Random cross-encoders and preference models of a few kilobytes, in the layouts they are published in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.rewards.tiny import WORDS
+
+
+def bert_tokenizer(folder: Path) -> Path:
+    """BERT's tokenizer with a vocabulary of the words here: 19 tokens."""
+    from transformers import BertTokenizer
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
+    return folder
+
+
+def linear(weights: dict[str, Tensor], name: str, read: int, written: int, draw: torch.Generator) -> None:
+    weights[f"{name}.weight"] = torch.randn(written, read, generator=draw) / read**0.5
+    weights[f"{name}.bias"] = torch.randn(written, generator=draw) / 4
+
+
+def norm(weights: dict[str, Tensor], name: str, width: int, draw: torch.Generator) -> None:
+    weights[f"{name}.weight"] = 1 + torch.randn(width, generator=draw) / 10
+    weights[f"{name}.bias"] = torch.randn(width, generator=draw) / 10
+
+
+def imagereward_weights(head: dict[int, tuple[int, int]]) -> dict[str, Tensor]:
+    """A checkpoint with the names of ImageReward.pt: a ViT for 32 pixels, a BERT of 21 words, and a head.
+
+    Args:
+        head: number of each linear layer among all the layers of the head -> what it reads and writes.
+    """
+    draw, weights = torch.Generator().manual_seed(5), {}
+    vision, text, wide, words, places = 128, 64, 96, 21, 140
+    eye, mouth = "blip.visual_encoder", "blip.text_encoder"
+    weights[f"{eye}.cls_token"] = torch.randn(1, 1, vision, generator=draw)
+    weights[f"{eye}.pos_embed"] = torch.randn(1, 17, vision, generator=draw)
+    linear(weights, f"{eye}.patch_embed.proj", 192, vision, draw)
+    weights[f"{eye}.patch_embed.proj.weight"] = weights[f"{eye}.patch_embed.proj.weight"].view(vision, 3, 8, 8)
+    for i in range(2):
+        block = f"{eye}.blocks.{i}"
+        norm(weights, f"{block}.norm1", vision, draw)
+        linear(weights, f"{block}.attn.qkv", vision, 3 * vision, draw)
+        linear(weights, f"{block}.attn.proj", vision, vision, draw)
+        norm(weights, f"{block}.norm2", vision, draw)
+        linear(weights, f"{block}.mlp.fc1", vision, 4 * vision, draw)
+        linear(weights, f"{block}.mlp.fc2", 4 * vision, vision, draw)
+    norm(weights, f"{eye}.norm", vision, draw)
+    weights[f"{mouth}.embeddings.position_ids"] = torch.arange(places)[None]
+    weights[f"{mouth}.embeddings.word_embeddings.weight"] = torch.randn(words, text, generator=draw)
+    weights[f"{mouth}.embeddings.position_embeddings.weight"] = torch.randn(places, text, generator=draw) / 4
+    norm(weights, f"{mouth}.embeddings.LayerNorm", text, draw)
+    for i in range(2):
+        layer = f"{mouth}.encoder.layer.{i}"
+        for kind, memory in (("attention", text), ("crossattention", vision)):
+            linear(weights, f"{layer}.{kind}.self.query", text, text, draw)
+            linear(weights, f"{layer}.{kind}.self.key", memory, text, draw)
+            linear(weights, f"{layer}.{kind}.self.value", memory, text, draw)
+            linear(weights, f"{layer}.{kind}.output.dense", text, text, draw)
+            norm(weights, f"{layer}.{kind}.output.LayerNorm", text, draw)
+        linear(weights, f"{layer}.intermediate.dense", text, wide, draw)
+        linear(weights, f"{layer}.output.dense", wide, text, draw)
+        norm(weights, f"{layer}.output.LayerNorm", text, draw)
+    linear(weights, "blip.vision_proj", vision, 256, draw)
+    linear(weights, "blip.text_proj", text, 256, draw)
+    for number, (read, written) in head.items():
+        linear(weights, f"mlp.layers.{number}", read, written, draw)
+    return weights
+
+
+def save_imagereward(file: Path, prefix: str = "") -> Path:
+    """ImageReward.pt: the numbers left out of the head are its dropouts."""
+    head = {0: (64, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+    torch.save({prefix + key: value for key, value in imagereward_weights(head).items()}, file)
+    return file
+
+
+def save_cyclereward(file: Path) -> Path:
+    """CycleReward-Combo.pth: the numbers left out of the head are its GELUs."""
+    head = {0: (64, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 8: (16, 1)}
+    torch.save(imagereward_weights(head), file)
+    return file
