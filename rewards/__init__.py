@@ -10,6 +10,7 @@ from .crossencoder import CrossEncoder
 from .ensembles import Ensemble
 from .imagereward import CycleReward, ImageReward, IterComp
 from .judging import Ask, Judge
+from .motion import DynamicDegree, FrameDifference, TemporalFlickering
 from .ocr import OCRAccuracy
 from .preprocess import Preprocess
 from .safety import Safety, SafetyChecker
@@ -34,7 +35,9 @@ __all__ = [
     "CycleReward",
     "Delta",
     "DualEncoder",
+    "DynamicDegree",
     "Ensemble",
+    "FrameDifference",
     "Framewise",
     "HPSv2",
     "ImageReward",
@@ -59,6 +62,7 @@ __all__ = [
     "Silence",
     "SmoothJPEGSize",
     "Standardised",
+    "TemporalFlickering",
     "Weighted",
     "as_prompts",
     "facts",

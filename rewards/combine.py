@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .base import Prompt, Reward, Scores
-from .composite import Composite, Rewards, Wrapper
+from .composite import Composite, Rewards, Wrapper, numbers
 
 __all__ = ["Batched", "Framewise", "Product", "Weighted"]
 
@@ -41,7 +41,7 @@ class Weighted(Composite):
 
     def __init__(self, rewards: Rewards, weights: Weights = None) -> None:
         super().__init__(rewards)
-        self.weights = self.numbers("weights", weights, 1.0)
+        self.weights = numbers("weights", [1.0] * len(self.labels) if weights is None else weights, self.labels)
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Scores:
         parts = self.totals(media, prompts)

@@ -5,6 +5,7 @@ No combination turns a failure into a number: a NaN of a child is a NaN of the r
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .base import Prompt, Reward, Scores
 
-__all__ = ["Adaptive", "Composite", "Rewards", "Wrapper", "labels"]
+__all__ = ["Adaptive", "Composite", "Rewards", "Wrapper", "named", "numbers"]
 
 Rewards = list[Reward] | dict[str, Reward]
 
@@ -34,17 +35,17 @@ class Composite(Reward):
         kind = type(self).__name__
         if not rewards:
             raise ValueError(f"{kind} needs at least one reward; got none")
-        self.labels = list(rewards) if isinstance(rewards, Mapping) else labels(rewards)
-        children = list(rewards.values()) if isinstance(rewards, Mapping) else list(rewards)
-        modalities = {label: child.modality for label, child in zip(self.labels, children, strict=True)}
+        children = named(rewards)
+        modalities = {label: child.modality for label, child in children.items()}
         if len(set(modalities.values())) > 1:
             raise ValueError(f"{kind} needs rewards of one modality; got {modalities}: lift image rewards by Framewise")
-        self.rewards = nn.ModuleList(children)
-        self.modality = children[0].modality
-        self.differentiable = all(child.differentiable for child in children)
-        self.needs_prompt = any(child.needs_prompt for child in children)
-        self.compares = any(child.compares for child in children)
-        self.claims_quality = all(child.claims_quality for child in children)
+        self.labels = list(children)
+        self.rewards = nn.ModuleList(children.values())
+        self.modality = next(iter(children.values())).modality
+        self.differentiable = all(child.differentiable for child in children.values())
+        self.needs_prompt = any(child.needs_prompt for child in children.values())
+        self.compares = any(child.compares for child in children.values())
+        self.claims_quality = all(child.claims_quality for child in children.values())
 
     @property
     def name(self) -> str:
@@ -58,25 +59,6 @@ class Composite(Reward):
     def totals(self, media: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
         """The totals alone."""
         return {label: scores.total for label, scores in self.scored(media, prompts).items()}
-
-    def numbers(self, what: str, given: list[float] | dict[str, float] | None, default: float) -> list[float]:
-        """One number a child, given in the form of the rewards; `default` for all if None is given.
-
-        Raises:
-            ValueError: they do not match the rewards, or are not finite.
-        """
-        if isinstance(given, Mapping):
-            if set(given) != set(self.labels):
-                raise ValueError(f"{what} must name the rewards {self.labels}; got {list(given)}")
-            given = [given[label] for label in self.labels]
-        found = [default] * len(self.labels) if given is None else [float(number) for number in given]
-        if len(found) != len(self.labels):
-            raise ValueError(
-                f"{type(self).__name__} needs as many {what} as rewards: got {len(found)} for {len(self.labels)}"
-            )
-        if not all(abs(number) < float("inf") for number in found):
-            raise ValueError(f"{what} must be finite; got {found}")
-        return found
 
 
 class Wrapper(Reward):
@@ -135,11 +117,30 @@ class Adaptive(Reward):
         """The numbers by name, for the log of a run."""
 
 
-def labels(rewards: Sequence[Reward]) -> list[str]:
-    """Names of rewards, numbered from the second of a kind."""
+def named(rewards: Rewards) -> dict[str, Reward]:
+    """Rewards by the keys of a dict, or by their names, numbered from the second of a kind."""
+    if isinstance(rewards, Mapping):
+        return dict(rewards)
     seen: dict[str, int] = {}
-    result = []
+    result: dict[str, Reward] = {}
     for reward in rewards:
         seen[reward.name] = seen.get(reward.name, 0) + 1
-        result.append(reward.name if seen[reward.name] == 1 else f"{reward.name}_{seen[reward.name]}")
+        result[reward.name if seen[reward.name] == 1 else f"{reward.name}_{seen[reward.name]}"] = reward
     return result
+
+
+def numbers(what: str, given: list[float] | dict[str, float], labels: Sequence[str]) -> list[float]:
+    """One number a label, given in that order or by label.
+
+    Raises:
+        ValueError: they do not match the labels, or are not finite.
+    """
+    if isinstance(given, Mapping):
+        if set(given) != set(labels):
+            raise ValueError(f"{what} must name the rewards {list(labels)}; got {list(given)}")
+        given = [given[label] for label in labels]
+    if len(given) != len(labels):
+        raise ValueError(f"there must be as many {what} as rewards: got {len(given)} for {len(labels)} rewards")
+    if not all(map(math.isfinite, given)):
+        raise ValueError(f"{what} must be finite; got {given}")
+    return [float(number) for number in given]
