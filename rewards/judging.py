@@ -10,15 +10,18 @@ gives a gradient if and only if `differentiable`, through `odds`. What it cannot
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from .base import Configurable
 
-__all__ = ["Ask", "Judge"]
+__all__ = ["Ask", "Judge", "published"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,32 @@ class Ask:
     start: str = ""
     seed: int = 0
     schema: str = ""
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text before, between and behind the media: one piece more than there are media.
+
+        Raises:
+            ValueError: `<media>` stands in the text, but not once for each of them.
+        """
+        pieces = self.text.split("<media>")
+        if len(pieces) == 1:
+            return [""] * len(self.media) + pieces
+        if len(pieces) != len(self.media) + 1:
+            raise ValueError(f"the question names <media> {len(pieces) - 1} times, but shows {len(self.media)} media")
+        return pieces
+
+
+@cache
+def published(file: str, name: str) -> str:
+    """A question that a model was trained on, word for word, with `{prompt}` for the prompt.
+
+    Args:
+        file: in the folder `questions`, which says source and licence, without its .json.
+        name: of the question.
+    """
+    text = (Path(__file__).parent / "questions" / f"{file}.json").read_text(encoding="utf-8")
+    return json.loads(text)["questions"][name]
 
 
 class Judge(Configurable, nn.Module, ABC):
