@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Configurable", "Modality", "Prompt", "Reward", "Scores", "as_prompts", "facts"]
+__all__ = ["Configurable", "Features", "Modality", "Prompt", "Reward", "Scores", "as_prompts", "facts"]
 
 Modality = Literal["image", "video", "audio", "tokens"]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -81,6 +81,18 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
 
 
+class Features(NamedTuple):
+    """What a reward's networks see in B samples, for a head to be learned on; see `Learned`.
+
+    Attributes:
+        joint: (B, D) of the samples with their prompts.
+        prompt: (B, E) of the prompts alone; E is 0 where they are not read by themselves.
+    """
+
+    joint: Tensor
+    prompt: Tensor
+
+
 class Configurable:
     """Remembers what its constructor was called with in `arguments`, so that files can say how it was made."""
 
@@ -126,6 +138,14 @@ class Reward(Configurable, nn.Module, ABC):
     @abstractmethod
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor | Scores:
         """Scores checked media: (B,) or `Scores`. `prompts` has B entries, or none where `needs_prompt` is false."""
+
+    def embed(self, media: Tensor, prompts: list[Prompt]) -> Features:
+        """What `measure` bases its judgement on, of checked media; not every reward has it.
+
+        Raises:
+            TypeError: this one has none.
+        """
+        raise TypeError(f"{self.name} has no features to learn a reward on: choose an encoder such as CLIPScore")
 
     def score(self, media: Tensor, prompts: Sequence[str | Prompt] = ()) -> Scores:
         """Scores a batch.

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Prompt, Reward
+from .base import Features, Prompt, Reward
 from .loading import expand, loading, pretrained, pretrained_tokenizer
 from .preprocess import Preprocess, Quantize, from_image_processor, from_open_clip
 
@@ -94,10 +94,17 @@ class DualEncoder(Reward):
         self.freeze()
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:
+        return self.spell(self.similarity(*self.embeddings(media, prompts)))
+
+    def embed(self, media: Tensor, prompts: list[Prompt]) -> Features:
+        image, text = self.embeddings(media, prompts)
+        return Features(torch.cat([image, text, image * text], dim=-1), text)
+
+    def embeddings(self, media: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+        """Unit vectors of images and prompts, (B, D) each."""
         pixels = self.preprocess(media)
         image = unit(self.encode_image(pixels.to(self.tower_dtype)))
-        text = self.text_features([prompt.text for prompt in prompts])
-        return self.spell(self.similarity(image, text))
+        return image, self.text_features([prompt.text for prompt in prompts])
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         """The cosine, or VLM-RM's projected one, row by row: (B, D) unit vectors twice -> (B,)."""

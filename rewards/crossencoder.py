@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Prompt, Reward
+from .base import Features, Prompt, Reward
 
 __all__ = ["CrossEncoder"]
 
@@ -97,12 +97,16 @@ class Network(nn.Module):
             image = block(image)
         return self.seen(image)
 
-    def read(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Raw scores (B,) of image tokens read with captions."""
+    def join(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The first token (B,width) of captions read with image tokens."""
         text = self.words(ids) + self.order
         for block in self.text:
             text = block(text, mask, image)
-        return self.head(text[:, 0]).float().squeeze(-1)
+        return text[:, 0]
+
+    def read(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Raw scores (B,) of image tokens read with captions."""
+        return self.head(self.join(image, ids, mask)).float().squeeze(-1)
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         return self.read(self.see(pixels), ids, mask)
@@ -150,8 +154,17 @@ class CrossEncoder(Reward):
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:
         """(B,) z-scores."""
+        return (self.network(*self.inputs(media, prompts)) - self.mean) / self.std
+
+    def embed(self, media: Tensor, prompts: list[Prompt]) -> Features:
+        pixels, ids, mask = self.inputs(media, prompts)
+        joint = self.network.join(self.network.see(pixels), ids, mask)
+        return Features(joint, joint[:, :0])
+
+    def inputs(self, media: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network reads: pixels, token ids and their mask."""
         media = media.float() if media.dtype in (torch.float16, torch.bfloat16) else media  # bicubic needs it
         if media.shape[-2:] != (self.size, self.size):
             media = F.interpolate(media, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
         ids, mask = (t.to(media.device) for t in self.tokenize([p.text for p in prompts]))
-        return (self.network(media.to(self.network.place.dtype), ids, mask) - self.mean) / self.std
+        return media.to(self.network.place.dtype), ids, mask
