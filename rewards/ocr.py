@@ -115,7 +115,7 @@ class OCRAccuracy(Reward):
         target = normal(str(prompt.meta.get("text") or quoted(prompt.text)))
         lines = self.engine(image) if target else None
         if lines is None:
-            return (torch.nan,) * 3
+            return torch.nan, torch.nan, torch.nan
         read = normal("".join(text for text, confidence in lines if confidence > self.confidence))
         return accuracy(read, target, self.strict), float(target in read), float(target == read)
 
@@ -134,7 +134,7 @@ def rapidocr() -> Engine:
     engine = RapidOCR(params={"Global.log_level": "error"})
 
     def read(image: Any) -> list[tuple[str, float]]:
-        found = engine(image)
+        found: Any = engine(image)
         return list(zip(found.txts or (), found.scores or (), strict=True))
 
     return read
