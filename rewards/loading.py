@@ -85,7 +85,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], name: str, ignore: Se
     """Loads weights into a module; every key must fit.
 
     Args:
-        module: takes the weights in its own types.
+        module: takes the weights in its own types, or as they are if it is on the meta device.
         weights: by the module's names.
         name: of the checkpoint, for the error.
         ignore: patterns of keys that may be left over, matched in full.
@@ -105,7 +105,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], name: str, ignore: Se
     if any(found.values()):
         told = "; ".join(f"{what} {_some(keys)}" for what, keys in found.items() if keys)
         raise ValueError(f"{name} does not hold the weights of {type(module).__name__}: it {told}")
-    module.load_state_dict({k: weights[k] for k in own})
+    bare = any(p.is_meta for p in module.parameters())
+    module.load_state_dict({k: weights[k] for k in own}, assign=bare)
 
 
 def pretrained(cls: Any, name: str, **options: Any) -> Any:
