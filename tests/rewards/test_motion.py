@@ -88,9 +88,7 @@ def test_raft_is_torchvisions_scored_as_vbench_does(large: bool, tmp_path: Path)
     reward = DynamicDegree("raft", weights=str(tmp_path / "raft.pth"))
     with torch.no_grad():
         padded = torch.nn.functional.pad(2 * clip[0] - 1, (2, 2, 2, 3), mode="replicate")
-        flows = [
-            network(a[None], b[None], num_flow_updates=20)[-1][0] for a, b in zip(padded, padded[1:], strict=False)
-        ]
+        flows = [network(a[None], b[None], num_flow_updates=20)[-1][0] for a, b in pairwise(padded)]
     tops = [f.norm(dim=0).flatten().sort(descending=True).values[: int(0.05 * 136 * 144)].mean() for f in flows]
     expected = torch.stack(tops) * 256 / 131
     scores = reward.score(clip)
