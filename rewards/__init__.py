@@ -11,12 +11,17 @@ from .ensembles import Ensemble
 from .imagereward import CycleReward, ImageReward, IterComp
 from .judging import Ask, Judge
 from .motion import DynamicDegree, FrameDifference, TemporalFlickering
+from .mps import MPS
 from .ocr import OCRAccuracy
 from .preprocess import Preprocess
 from .safety import Safety, SafetyChecker
+from .segments import Sampled, Segmental
+from .server import ServedJudge
 from .shapes import Shapes
 from .simple import Brightness, Colour, JPEGSize, Sharpness, SmoothJPEGSize
 from .transforms import Clipped, Delta, LogSigmoid, Standardised
+from .winrate import WinRate
+from .written import UnifiedReward, Written
 
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
@@ -46,6 +51,7 @@ __all__ = [
     "Judge",
     "LogSigmoid",
     "Loudness",
+    "MPS",
     "Modality",
     "OCRAccuracy",
     "OpenCLIPScore",
@@ -56,14 +62,20 @@ __all__ = [
     "Reward",
     "Safety",
     "SafetyChecker",
+    "Sampled",
     "Scores",
+    "Segmental",
+    "ServedJudge",
     "Shapes",
     "Sharpness",
     "Silence",
     "SmoothJPEGSize",
     "Standardised",
     "TemporalFlickering",
+    "UnifiedReward",
     "Weighted",
+    "WinRate",
+    "Written",
     "as_prompts",
     "facts",
 ]
