@@ -26,6 +26,7 @@ from .written import UnifiedReward, Written
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
 __all__ = [
+    "MPS",
     "Aesthetic",
     "Ask",
     "Batched",
@@ -51,7 +52,6 @@ __all__ = [
     "Judge",
     "LogSigmoid",
     "Loudness",
-    "MPS",
     "Modality",
     "OCRAccuracy",
     "OpenCLIPScore",

@@ -85,3 +85,43 @@ def save_cyclereward(file: Path) -> Path:
     head = {0: (64, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 8: (16, 1)}
     torch.save(imagereward_weights(head), file)
     return file
+
+
+def save_mps(file: Path, clip: str, prefix: str = "mps.") -> Path:
+    """The converted MPS: `model` is the CLIP of a folder, moved a little, `cross_model` two layers of 2 heads of 8.
+
+    Args:
+        file: .safetensors.
+        clip: the folder.
+        prefix: "" for the names of the released module.
+    """
+    from safetensors.torch import load_file, save_file
+
+    draw, width, head, wide = torch.Generator().manual_seed(6), 16, 8, 64
+    weights = {f"model.{key}": value for key, value in load_file(Path(clip) / "model.safetensors").items()}
+    weights = {key: value + 0.05 * torch.randn(value.shape, generator=draw) for key, value in weights.items()}
+    weights["model.text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    shapes = {
+        0: {
+            "to_q": (16, width),
+            "to_kv": (2 * head, width),
+            "to_out": (width, 16),
+            "ff.0": (2 * wide, width),
+            "ff.2": (width, wide),
+        },
+        1: {
+            "fused_attn_ff_proj": (16 + 2 * head + 2 * wide, width),
+            "attn_out": (width, 16),
+            "ff_out.1": (width, wide),
+        },
+    }
+    for i in range(2):
+        for kind, parts in shapes.items():
+            block = f"cross_model.layers.{i}.{kind}.fn"
+            weights[f"{block}.norm.weight"] = 1 + torch.randn(width, generator=draw) / 10
+            weights[f"{block}.norm.bias"] = torch.zeros(width)
+            for part, (written, read) in parts.items():
+                weights[f"{block}.{part}.weight"] = torch.randn(written, read, generator=draw) / read**0.5
+        weights[f"cross_model.layers.{i}.1.fn.rotary_emb.inv_freq"] = 10000 ** (-torch.arange(0, head, 2) / head)
+    save_file({prefix + key: value for key, value in weights.items()}, file)
+    return file
