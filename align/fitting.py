@@ -15,10 +15,14 @@ __all__ = ["check_parts", "optimised_reward"]
 
 def optimised_reward(objective: Objective, source: Source) -> Reward | None:
     """What a run raises: the reward that the objective asks itself, or else the one that scores the samples."""
-    asks = "reward" in inspect.signature(type(objective).__init__).parameters
-    if source.kind == "rollouts" and not asks:
+    if source.kind == "rollouts" and not asks_reward(objective):
         return source.reward or objective.reward
     return objective.reward or source.reward
+
+
+def asks_reward(objective: Objective) -> bool:
+    """Whether an objective scores samples itself."""
+    return "reward" in inspect.signature(type(objective).__init__).parameters
 
 
 def check_parts(run: Run, objective: Objective, source: Source, panel: Sequence[Reward]) -> None:
@@ -54,5 +58,14 @@ def check_parts(run: Run, objective: Objective, source: Source, panel: Sequence[
     for reward in (r for r in (objective.reward, *panel) if r is not None):
         if reward.modality != run.policy.modality:
             raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {run.policy.modality}")
+    for reward in (r for r in panel if r.compares):
+        raise ValueError(
+            f"{reward.name} compares samples of one policy, so it cannot judge a run: take it out of panel"
+        )
+    if asks_reward(objective) and objective.reward is not None and objective.reward.compares:
+        raise ValueError(
+            f"{type(objective).__name__} scores a few samples at a time, but {objective.reward.name} compares those of a prompt: "
+            "use an objective on Rollouts, or a reward that judges each sample by itself"
+        )
     source.check(run)
     objective.check_source(source, run.sampling)

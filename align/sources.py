@@ -285,6 +285,8 @@ class Rollouts(Source):
         """Trajectories or final samples with their rewards, a few rows at a time."""
         assert self.reward is not None
         size, parts = max(1, run.sampling.rows), []
+        if self.reward.compares:  # whole groups
+            size = max(1, size // self.group) * self.group
         for first in range(0, len(seeds), size):
             part = slice(first, first + size)
             with run.policy.acting_as(self.speaker):

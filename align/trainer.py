@@ -26,6 +26,7 @@ from samplers import Ledger, Policy
 from samplers.noise import mix
 
 from . import checkpoints
+from .adaptation import Adaptation
 from .adapters import digest, named_tensors, prepare_trainable, save_adapter
 from .batches import Batch, concat
 from .config import FREE_TO_CHANGE, TrainConfig
@@ -86,11 +87,13 @@ class Trainer:
         self.stepper = Stepper(policy, config, self.world)
         prompts = judged_prompts(config.eval_prompts, policy.world, source.prompts_for_evaluation())
         self.evaluator = Evaluator(
-            prompts, config.eval_samples, panel_of([reward, *config.panel], gold_of(policy, prompts)), self.sampling,
-            mix(config.seed, 5),
+            prompts, config.eval_samples,
+            panel_of([None if reward is None or reward.compares else reward, *config.panel], gold_of(policy, prompts)),
+            self.sampling, mix(config.seed, 5),
         )  # fmt: skip
         self.optimised = next((n for n, r in self.evaluator.panel.items() if r is reward), None)
         self.judge = held_out(self.optimised, list(self.evaluator.panel))
+        self.adaptation = Adaptation(reward, self.world)
         self.description = {
             "policy": describe_policy(policy),
             "objective": describe(objective),
@@ -146,19 +149,22 @@ class Trainer:
         """Collects if need be, then one optimiser step."""
         began = time.perf_counter()
         if self.batch is None:
-            self.batch, self.position = self._collect(), 0
+            with self.adaptation.following():
+                self.batch, self.position = self._collect(), 0
             self.collected = dict(self.source.metrics())
         epoch, part = divmod(self.position, self.source.updates)
         seed = mix(self.run.seed, 8, self.iteration, epoch)
         chosen = self.source.choose(self.batch.take(self._stratum(epoch, part)), seed)
-        metrics = self.stepper.step(self.objective, self.policy, chosen, self.update, self.stop.check)
+        with self.adaptation.following():
+            metrics = self.stepper.step(self.objective, self.policy, chosen, self.update, self.stop.check)
         self._noticed(metrics)
         self.update, self.position = self.update + 1, self.position + 1
         if self.position == self.source.updates * self.source.epochs:
             self.batch, self.iteration = None, self.iteration + 1
         spent = {f"{on}_calls": count for on, count in self._spent().counts.items() if on in ("network", "reward")}
         seconds = time.perf_counter() - began
-        row = {"update": self.update, **metrics, **self.collected, **spent, "seconds": seconds}
+        moved = self.adaptation.worth_watching()
+        row = {"update": self.update, **metrics, **self.collected, **moved, **spent, "seconds": seconds}
         self.log.append(row)
         if self.report:
             self.report.row(row, self.config.updates)
@@ -227,7 +233,8 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Judges the weights; returns whether they are the best so far, in which case they become the run's adapter."""
         spent = dict(self.ledger.counts)
-        evaluation = self.evaluator(self.policy, self.world, self.speaker, self.stop.check)
+        with self.adaptation.as_begun():
+            evaluation = self.evaluator(self.policy, self.world, self.speaker, self.stop.check)
         self.ledger.counts.update(spent)  # judging is not part of a method's cost
         self.evaluations.append((self.update, evaluation))
         times = hacked(self.evaluations, self.optimised, self.judge, self.config.eval_samples)
@@ -289,6 +296,7 @@ class Trainer:
             "stepper": self.stepper.state(),
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "source": self.source.state(),
+            "reward": self.adaptation.state(),
             "log": self.log,
             "evaluations": [
                 (u, {"scores": e.scores, "kl": e.kl, "diversity": e.diversity}) for u, e in self.evaluations
@@ -366,6 +374,7 @@ class Trainer:
         for name in COUNTERS:
             setattr(self, name, state["counters"][name])
         self.source.restore(state["source"])
+        self.adaptation.restore(state.get("reward", {}))
         self.log = list(state["log"])
         self.evaluations = [(u, Evaluation(**e, media=torch.empty(0))) for u, e in state["evaluations"]]
         if self.world.first:  # it is that of all processes

@@ -25,7 +25,8 @@ from align.objectives.seppo import SePPO
 from align.sources import Prompts, Rollouts, Source
 from align.trainer import Trainer
 from align.world import World
-from rewards import Reward
+from rewards import Constrained, Reward, Standardised
+from rewards import Weighted as Sum
 from samplers import DDIM, Policy
 from samplers.families.gaussian import GaussianPolicy
 
@@ -81,6 +82,32 @@ class Worded(Near):
         return -(media.flatten(1) - self.b * words[:, None]).square().sum(1)
 
 
+class Loose(Sum):
+    """A weighted sum that takes any media, as the rewards of these runs do."""
+
+    def check(self, media):
+        pass
+
+
+class Bound(Constrained):
+    """The same of constraints."""
+
+    check = Loose.check
+
+
+class Scaled(Standardised):
+    """The same of a standardised reward."""
+
+    check = Loose.check
+
+
+def moving() -> Reward:
+    """A constraint whose multiplier follows the run around a scale that does, in a sum with a reward that fails at times."""
+    how = {"squash": "sigmoid", "rate": 0.5}
+    bound = Bound(Scaled(Near(2.0), "run"), {"home": Near(0.0)}, {"home": -1.0}, **how)  # pyright: ignore
+    return Loose([bound, Near(0.5, fails=0.2)], [1.0, 0.1])
+
+
 @dataclass(frozen=True)
 class Case:
     """An objective with a source that suits it.
@@ -114,6 +141,7 @@ CASES = {
     "PolicyGradient-running": Case(
         lambda: PolicyGradient(clip=0.2), rolled(advantage="running", least=2, timestep_fraction=0.5)
     ),
+    "PolicyGradient-moving": Case(lambda: PolicyGradient(clip=0.2), rolled(), moving),
     "PolicyGradient-clean": Case(lambda: PolicyGradient(clip=0.5), rolled(**CLEAN)),
     "Pairwise-steps": Case(lambda: Pairwise(beta=1.0), rolled(**PAIRED)),
     "Pairwise-clean": Case(lambda: Pairwise(beta=10.0), rolled(evidence="clean", pairs="all", group=3)),
