@@ -36,7 +36,17 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from .media import Media, image_size, latent_shapes
 from .rows import ANSWERS, Kind, Record, Unlabelled, parse
 
-__all__ = ["Feedback", "Kind", "Problem", "Record", "append_feedback", "read_feedback", "validate", "write_feedback"]
+__all__ = [
+    "Feedback",
+    "Kind",
+    "Problem",
+    "Record",
+    "append_feedback",
+    "json_lines",
+    "read_feedback",
+    "validate",
+    "write_feedback",
+]
 
 logger = logging.getLogger("kilter")
 SHOWN = 50  # broken rows an error lists
@@ -227,7 +237,7 @@ def _rows(path: str | Path, kind: Kind, columns: Columns | None, split: str) -> 
     if place.suffix.lower() == ".jsonl":
         if columns is not None or split != "train":
             raise ValueError(f"columns and split are for parquet files and hub data sets; {path} is JSONL")
-        for line, row in _json_lines(place):
+        for line, row in json_lines(place):
             yield line, row, place.parent
         return
     from .parquet import read_rows
@@ -236,7 +246,12 @@ def _rows(path: str | Path, kind: Kind, columns: Columns | None, split: str) -> 
         yield line, Problem(line, row) if isinstance(row, str) else row, place if place.is_dir() else place.parent
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, object or problem) of every line that is not blank.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no feedback file {path}")
     with path.open("rb") as file:

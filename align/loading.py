@@ -21,7 +21,7 @@ from .adapters import WEIGHTS as ALL_WEIGHTS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["EMBEDDED", "load_policy"]
+__all__ = ["EMBEDDED", "best_device", "load_policy", "usable"]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -58,7 +58,7 @@ def load_policy(
     if lora is not None and not Path(lora).exists() and not HUB_ID.fullmatch(str(lora)):
         raise FileNotFoundError(f"no LoRA {lora}: expected a folder or file here, or a hub id such as owner/name")
     family = _family(config, model)
-    device = usable(device or _best_device())
+    device = usable(device or best_device())
     dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" else torch.float16)
 
     import diffusers
@@ -202,7 +202,8 @@ def _expanded(path: str | Path) -> str | Path:
     return Path(path).expanduser() if str(path).startswith("~") else path
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """A GPU if there is one: CUDA, of this process, then Apple's."""
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one a process under `accelerate launch`
     return "mps" if torch.backends.mps.is_available() else "cpu"
