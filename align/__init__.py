@@ -29,7 +29,7 @@ from .memory import Memory
 from .objectives import Objective
 from .reports import TrainResult
 from .results import Sample, Steered
-from .scoring import score
+from .scoring import ScoredSet, score, score_rows, score_set
 from .sources import Prompts, Rollouts, Source
 from .steering import row_seed, steer
 from .trainer import Trainer
@@ -37,7 +37,7 @@ from .training import train
 
 __all__ = [
     "Batch", "Captions", "Likes", "Lora", "Memory", "Noised", "Objective", "Paths", "Preferences", "Prompts",
-    "Rollouts", "Sample", "Source", "Starts", "Steered", "Steps", "TrainConfig", "TrainResult", "Trainer",
-    "append_feedback", "load_policy", "read_feedback", "row_seed", "sample_pairs", "score", "steer", "train",
-    "validate", "write_feedback",
+    "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered", "Steps", "TrainConfig", "TrainResult", "Trainer",
+    "append_feedback", "load_policy", "read_feedback", "row_seed", "sample_pairs", "score", "score_rows",
+    "score_set", "steer", "train", "validate", "write_feedback",
 ]  # fmt: skip

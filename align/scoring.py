@@ -1,25 +1,80 @@
-"""`align.score`: media and prompts in, scores out."""
+"""`align.score`: media and prompts in, scores out. `align.score_set`: the same for any number of rows, to files.
+
+A set is read row by row (`entries`), cut into chunks of consecutive rows, decoded ahead in threads (`ahead`), scored in batches of
+equal shape (`scorer`), and written chunk by chunk (`parts`). Chunk k belongs to process k modulo their number, so nothing is
+exchanged while they score. Only what is decoded ahead is in memory.
+
+Rewards that compare (`Reward.compares`) are given all rows of a prompt in one call; a chunk then ends where a prompt does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from rewards import Prompt, Reward, Scores, as_prompts
 
-__all__ = ["load_image", "score"]
+from .ahead import ahead, batches, cut, cut_whole, decode, in_threads, pixels
+from .description import describe
+from .entries import Columns, Entries, Entry, Wanted, entries_of
+from .media import Media, load_rgb
+from .panel import panel_of
+from .parts import Parts, claim
+from .scorer import OnError, Scorer, device_of
+from .world import World
 
-Media = Tensor | Sequence[str | Path | Image.Image | Tensor]
+__all__ = ["ScoredSet", "score", "score_rows", "score_set"]
+
+Shown = Tensor | Sequence[str | Path | Image.Image | Tensor]
+Sources = Sequence[str | Path] | str | Path
+Prompts = Sequence[str | Prompt] | str | Prompt
+Row = dict[str, Any]
+PART = 1024  # rows
+PARTS_A_PROCESS = 8  # at least, where there are as many rows
 
 
-def score(
-    reward: Reward, media: Media, prompts: Sequence[str | Prompt] | str | Prompt = (), *, batch: int = 32
-) -> Scores:
+@dataclass(frozen=True)
+class ScoredSet:
+    """What `score_set` did.
+
+    Attributes:
+        out: the folder.
+        names: of the rewards, which are columns.
+        rows: how many there are.
+        scored: how many of them this run scored, in all processes; the others were done.
+        errors: rows without some or all of their scores.
+        failed: rows without a score, by reward.
+        seconds: from the first row to the last.
+    """
+
+    out: str
+    names: tuple[str, ...]
+    rows: int
+    scored: int
+    errors: int
+    failed: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Rows a second, of all processes together."""
+        return self.scored / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "rows_per_second": self.rate}
+
+
+def score(reward: Reward, media: Shown, prompts: Prompts = (), *, batch: int = 32) -> Scores:
     """Scores images or a batch of media.
 
     Args:
@@ -34,8 +89,7 @@ def score(
     Raises:
         ValueError: a file is not an image, or the prompts do not match; raised before anything is scored.
     """
-    if batch < 1:
-        raise ValueError(f"batch must be ≥ 1; got {batch}")
+    _check(batch, None, None)
     images = list(media) if isinstance(media, Tensor) else [_tensor(m) for m in media]
     if not images:
         raise ValueError("no images to score")
@@ -47,7 +101,7 @@ def score(
         raise ValueError(f"{reward.name} needs prompts: pass one for each image, or one for all")
     total = torch.empty(len(images))
     parts: dict[str, Tensor] = {}
-    device = next(chain(reward.parameters(), reward.buffers()), torch.empty(0)).device
+    device = device_of([reward])
     with torch.no_grad():
         for rows in _batches(images, batch):
             media = torch.stack([images[i] for i in rows]).to(device)
@@ -58,34 +112,171 @@ def score(
     return Scores(total, parts)
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """An RGB image; transparency is laid on white.
+def score_set(
+    rewards: Reward | Sequence[Reward],
+    sources: Sources,
+    out: str | Path,
+    *,
+    prompts: Prompts = (),
+    size: tuple[int, int] | None = None,
+    columns: Columns | None = None,
+    split: str = "train",
+    batch: int = 32,
+    threads: int | None = None,
+    part: int | None = None,
+    on_error: OnError = "nan",
+    progress: bool = False,
+) -> ScoredSet:
+    """Scores any number of images and writes parquet files, in all processes of `accelerate launch`.
+
+    A run that was cut off, however it was, goes on when it is called again: no row is written twice or left out, and what is scored
+    again is at most the chunk each process was at.
+
+    Args:
+        rewards: one or several, on the device they are on; each image is decoded once for all.
+        sources: what to score; see `entries.entries_of`.
+        out: a folder, new or that of the run to go on with; see `parts` for what it holds.
+        prompts: one for all in place of their own; or, where sources are image files, one each.
+        size: (height, width) that every image is fitted to beforehand, so that they make full batches; as they are by default.
+        columns: {"image": …, "prompt": …}, where they have other names.
+        split: of a hub data set.
+        batch: rows at a time.
+        threads: that decode; as many as there are processors by default.
+        part: rows a part, which is what a killed process may have to score again; by default 1024 or, in small sets, an eighth.
+        on_error: what to do about a row that cannot be read or judged; see `Scorer`.
+        progress: show a progress bar on standard error.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not an image that can be read.
+        FileNotFoundError, ValueError: a source that cannot be read at all, rewards that do not fit, or an `out` of other scores;
+            raised before anything is scored. Rows of a prompt that are not together, for a reward that compares them.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no image file {path}")
-    try:
-        with Image.open(path) as file:
-            file.load()
-            image = (
-                file.convert("RGBA") if "A" in file.getbands() or "transparency" in file.info else file.convert("RGB")
-            )
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that can be read: {error}") from error
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image
+    _check(batch, threads, part)
+    panel, given = panel_of([rewards] if isinstance(rewards, Reward) else rewards, None), as_prompts(prompts)
+    scorer, entries = Scorer(panel, on_error), entries_of(sources, given, columns, split)
+    world = World(cpu=scorer.device.type == "cpu")
+    asked = describe(given[0]) if len(given) == 1 else None
+    settings = {"size": size, "prompt": asked, "columns": columns, "split": split}
+    identity = {"rewards": describe(panel), "source": {"digest": entries.fingerprint()}, "settings": settings}
+    folder, manifest = claim(out, identity, part or _part(entries, world, batch), world)
+    parts = Parts(folder, manifest, list(panel))
+    world.wait()  # all have seen the same parts before one of them adds some
+    walk = _Walk(entries)
+    begun, scored = time.monotonic(), 0
+    with _bar(progress and world.first, entries, parts, world) as scorer.tick:
+        for chunk, rows in _scored(
+            walk, scorer, parts.manifest["part_rows"], batch, threads, size,
+            skip=lambda chunk: chunk in parts.done or chunk % world.size != world.rank,
+        ):  # fmt: skip
+            parts.write(chunk, rows)
+            scored += len(rows)
+            if world.first:
+                parts.refresh()
+    world.wait()
+    scored, seconds = sum(world.objects([scored])), time.monotonic() - begun
+    if world.first:
+        rate = {"seconds": seconds, "rows_per_second": scored / seconds, "processes": world.size} if scored else {}
+        manifest = parts.record(complete=True, source_name=entries.name, **rate)
+    manifest = world.objects([manifest])[0]
+    if not walk.total:
+        raise ValueError(f"{entries.name} holds no rows")
+    if manifest["rows"] != walk.total:
+        raise ValueError(
+            f"{entries.name} changed while it was scored: {walk.total} rows, {manifest['rows']} in {folder}"
+        )
+    return ScoredSet(str(folder), tuple(panel), walk.total, scored, manifest["errors"], manifest["failed"], seconds)
+
+
+def score_rows(
+    rewards: Reward | Sequence[Reward],
+    sources: Sources,
+    *,
+    prompts: Prompts = (),
+    size: tuple[int, int] | None = None,
+    columns: Columns | None = None,
+    split: str = "train",
+    batch: int = 32,
+    threads: int | None = None,
+    on_error: OnError = "unread",
+) -> Iterator[Row]:
+    """The rows that `score_set` would write, in order, one after another; arguments as there."""
+    _check(batch, threads, None)
+    panel = panel_of([rewards] if isinstance(rewards, Reward) else rewards, None)
+    entries, scorer = entries_of(sources, as_prompts(prompts), columns, split), Scorer(panel, on_error)
+    for _, rows in _scored(_Walk(entries), scorer, PART, batch, threads, size, skip=lambda chunk: False):
+        yield from sorted(rows, key=lambda row: row["row"])
+
+
+class _Walk:
+    """One reading of all entries; afterwards `total` says how many there are."""
+
+    def __init__(self, entries: Entries) -> None:
+        self.entries, self.total = entries, 0
+
+    def read(self, wanted: Wanted) -> Iterator[Entry]:
+        self.total = yield from self.entries.read(0, wanted)
+
+
+def _scored(
+    walk: _Walk,
+    scorer: Scorer,
+    part: int,
+    batch: int,
+    threads: int | None,
+    size: tuple[int, int] | None,
+    skip: Callable[[int], bool],
+) -> Iterator[tuple[int, list[Row]]]:
+    """(chunk, its rows) of every chunk that is not skipped."""
+
+    def wanted(start: int, stop: int) -> bool:
+        return not all(skip(chunk) for chunk in range(start // part, (stop - 1) // part + 1))
+
+    everything = walk.read((lambda start, stop: True) if scorer.whole else wanted)
+    chunks = cut_whole(everything, part, batch) if scorer.whole else cut(everything, part)
+    threads = threads or max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    mine = (found for found in chunks if not skip(found[0]))
+    items = in_threads(lambda found: decode(found[0], found[1], size), mine, threads, batch + threads)
+    ready = ahead(batches(items, batch, scorer.whole, scorer.finish))
+    for chunk, group in groupby(ready, key=lambda made: made.chunk):
+        yield chunk, [row for made in group for row in scorer.rows(made)]
+
+
+def _check(batch: int, threads: int | None, part: int | None) -> None:
+    if wrong := [n for n in (batch, threads, part) if n is not None and n < 1]:
+        raise ValueError(f"batch, threads and part must be ≥ 1; got {wrong[0]}")
+
+
+def _part(entries: Entries, world: World, batch: int) -> int:
+    """Rows a part: whole batches, and so few that every process gets several parts."""
+    rows = PART if entries.count is None else min(PART, entries.count // (PARTS_A_PROCESS * world.size))
+    return max(1, -(-rows // batch)) * batch
+
+
+@contextmanager
+def _bar(show: bool, entries: Entries, parts: Parts, world: World) -> Iterator[Callable[[int, int], None]]:
+    """What counts rows and errors of this process on standard error."""
+    from tqdm import tqdm
+
+    total, done = entries.count, len(parts.done) * parts.manifest["part_rows"]
+    if total is not None:
+        total, done = -(-total // world.size), min(total, done)
+    errors = 0
+    with tqdm(total=total, initial=done // world.size, disable=not show, unit="row", dynamic_ncols=True) as bar:
+
+        def tick(rows: int, wrong: int) -> None:
+            nonlocal errors
+            errors += wrong
+            bar.update(rows)
+            if wrong:
+                bar.set_postfix(errors=errors)
+
+        yield tick
 
 
 def _tensor(item: str | Path | Image.Image | Tensor) -> Tensor:
     if isinstance(item, Tensor):
         return item
-    from torchvision.transforms.functional import pil_to_tensor
-
-    image = item.convert("RGB") if isinstance(item, Image.Image) else load_image(item)
-    return pil_to_tensor(image).float() / 255
+    image = item.convert("RGB") if isinstance(item, Image.Image) else load_rgb(Media(str(item), Path(item)))
+    return pixels(image).float() / 255
 
 
 def _batches(images: list[Tensor], batch: int) -> list[list[int]]:

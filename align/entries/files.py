@@ -1,0 +1,163 @@
+"""Images in files of their own: given one by one, in a folder, or named by JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rewards import Prompt
+
+from ..data import Problem, json_lines
+from ..media import Media
+from .base import IMAGES, Columns, Entries, Entry, Wanted, chosen, prompt_of, sidecar
+
+__all__ = ["LISTS", "Files", "Folder", "Lines", "walk"]
+
+LISTS = ("metadata.jsonl", "captions.jsonl")  # in a folder: says which of its images to take, with which prompts
+IMAGE_KEYS = ("image", "file_name", "images")
+
+
+class Files(Entries):
+    """Image files.
+
+    Args:
+        paths: the files.
+        prompts: one each, or none.
+    """
+
+    def __init__(self, paths: Sequence[str], prompts: Sequence[Prompt] = ()) -> None:
+        self.paths, self.prompts = list(paths), list(prompts)
+        self.name, self.count = f"{len(self.paths)} files", len(self.paths)
+
+    def read(self, start: int, wanted: Wanted) -> Generator[Entry, None, int]:
+        for i, path in enumerate(self.paths):
+            if wanted(start + i, start + i + 1):
+                prompt = self.prompts[i] if self.prompts else partial(_beside, Path(path), None)
+                yield Entry(start + i, path, path, Media(path, Path(path).expanduser()), prompt)
+        return start + len(self.paths)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path}\0{Path(path).expanduser().stat().st_size}\n".encode())
+        digest.update(repr(self.prompts).encode())
+        return digest.hexdigest()
+
+
+class Folder(Entries):
+    """The images in a folder and the folders in it, by name; prompts in .json or .txt files beside them.
+
+    Args:
+        folder: the folder; what begins with a dot is left out, and links to folders are not followed.
+        prefix: of the ids.
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder, self.prefix, self.name = folder, prefix, str(folder)
+        digest, self.kinds = hashlib.sha256(), Counter[str]()
+        for relative, file, names in walk(folder):
+            kind = Path(file.name).suffix.lower()
+            self.kinds[kind] += 1
+            if kind in IMAGES:
+                beside = "".join(f"{s} " for s in (".json", ".txt") if Path(file.name).with_suffix(s).name in names)
+                digest.update(f"{relative}\0{file.stat().st_size}\0{beside}\n".encode())
+            elif kind in (".json", ".txt"):
+                digest.update(f"{relative}\0{file.stat().st_size}\n".encode())
+        self.count = sum(n for kind, n in self.kinds.items() if kind in IMAGES)
+        self.digest = digest.hexdigest()
+
+    def read(self, start: int, wanted: Wanted) -> Generator[Entry, None, int]:
+        row = start
+        for relative, file, names in walk(self.folder):
+            if Path(file.name).suffix.lower() not in IMAGES:
+                continue
+            if wanted(row, row + 1):
+                media = Media(f"{self.prefix}{relative}", Path(file.path))
+                yield Entry(row, media.name, media.name, media, partial(_beside, Path(file.path), names))
+            row += 1
+        return row
+
+    def fingerprint(self) -> str:
+        return self.digest
+
+
+class Lines(Entries):
+    """JSON lines: {"image": path, "prompt": …}, paths relative to the file; what else a row holds is meta of the prompt.
+
+    "images", a list, is as many rows of the same prompt. "file_name" is read as "image", "caption" and "text" as "prompt".
+
+    Args:
+        path: the file.
+        prefix: of the ids.
+        columns: which keys to take for "image" and "prompt".
+    """
+
+    def __init__(self, path: Path, prefix: str = "", columns: Columns | None = None) -> None:
+        self.path, self.name, self.image, self.prompt = path, str(path), *chosen(columns)
+        self.id = f"{prefix}{path.name}"
+        digest, self.count = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+                self.count += block.count(b"\n")
+        self.digest = digest.hexdigest()
+
+    def read(self, start: int, wanted: Wanted) -> Generator[Entry, None, int]:
+        row = start
+        for line, cells in json_lines(self.path):
+            place = f"{self.id}#{line}"
+            found = cells.reason if isinstance(cells, Problem) else self._images(cells)
+            images = [found] if isinstance(found, str) else found
+            for i, image in enumerate(images):
+                if wanted(row, row + 1):
+                    one = place if len(images) == 1 else f"{place}.{i}"
+                    yield (
+                        Entry(row, one, problem=found)
+                        if isinstance(found, str)
+                        else self._entry(row, one, cells, image)
+                    )
+                row += 1
+        return row
+
+    def fingerprint(self) -> str:
+        return self.digest
+
+    def _images(self, cells: Any) -> list[str] | str:
+        """The paths of a row's images, or what is wrong, as text."""
+        keys = self.image or next((k for k in IMAGE_KEYS if k in cells), None)
+        if keys is None:
+            return f"no image: a row needs one of {', '.join(IMAGE_KEYS)}; it has {', '.join(cells)}"
+        found = cells.get(keys) if isinstance(keys, str) else [cells.get(k) for k in keys]
+        values = [v for v in (found if isinstance(found, list) else [found]) if isinstance(v, str) and v]
+        if not values or (isinstance(found, list) and len(values) < len(found)):
+            return f"{keys} must be the path of a file, or a list of them; got {found!r}"[:200]
+        return values
+
+    def _entry(self, row: int, place: str, cells: Any, image: str) -> Entry:
+        media = Media(f"{place} ({image})", self.path.parent / Path(image).expanduser())
+        return Entry(row, place, image, media, partial(prompt_of, cells, self.prompt, IMAGE_KEYS))
+
+
+def walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str], set[str]]]:
+    """(path relative to the folder, file, names in its folder) of every file, by name."""
+    with os.scandir(folder) as found:
+        entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+    names = {e.name for e in entries}
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(Path(entry.path), f"{prefix}{entry.name}/")
+        elif entry.is_file():
+            yield f"{prefix}{entry.name}", entry, names
+
+
+def _beside(image: Path, names: set[str] | None) -> Prompt | None:
+    """The prompt in the files beside an image; `names`, where it is known, says which there are."""
+    files = [image.with_suffix(suffix) for suffix in (".json", ".txt")]
+    there = [f for f in files if (f.name in names if names is not None else f.is_file())]
+    read = {f.suffix: f.read_bytes for f in there}
+    return sidecar(read.get(".json"), read.get(".txt"))
