@@ -6,6 +6,7 @@ where a class takes `trust_remote_code` and the user said so.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["expand", "fill", "find", "imported", "loading", "pretrained", "pretrained_tokenizer", "read_weights"]
+__all__ = [
+    "expand",
+    "fill",
+    "find",
+    "folder",
+    "imported",
+    "loading",
+    "pretrained",
+    "pretrained_tokenizer",
+    "read_model",
+    "read_weights",
+    "warn_if_cut",
+]
 
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")  # owner/name/file
 LISTED = 8  # keys an error names
@@ -61,6 +74,30 @@ def find(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(*on_hub.groups()))
+
+
+def folder(name: str, *patterns: str) -> Path:
+    """A folder on disk, or the files of a hub repository that fit the patterns, which are downloaded."""
+    path = Path(expand(name))
+    if path.is_dir() or path.is_absolute():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=list(patterns)))
+
+
+def read_model(name: str) -> dict[str, Tensor]:
+    """All tensors of a folder or hub repository that holds model.safetensors, whole or in shards.
+
+    Raises:
+        OSError: files are missing, incomplete or unreadable.
+    """
+    with loading(name, "model.safetensors, or model.safetensors.index.json and its shards"):
+        path = folder(name, "model*.safetensors", "model.safetensors.index.json")
+        index, files = path / "model.safetensors.index.json", {"model.safetensors"}
+        if index.is_file():
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        return {key: weight for file in sorted(files) for key, weight in read_weights(path / file).items()}
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -152,6 +189,15 @@ def imported(path: str) -> Any:
         raise ValueError(f"cannot import {path!r}: {error}; give it as package.module.name") from error
     finally:
         sys.path.pop()
+
+
+def warn_if_cut(reader: str, text: str, tokens: int, limit: int) -> None:
+    """Warns that the end of a prompt is not read."""
+    if tokens > limit:
+        warnings.warn(
+            f"{reader} reads {limit} tokens: the last {tokens - limit} of {tokens} are cut in {text[:60]!r}...",
+            stacklevel=2,
+        )
 
 
 def _some(keys: Sequence[str]) -> str:

@@ -31,8 +31,9 @@ from torch import Tensor
 from .loading import expand, loading
 from .preprocess import CLIP_MEAN, CLIP_STD, Colour3, Preprocess, Quantize
 
-__all__ = ["FAMILY", "Patches", "Reader", "backbone", "hidden", "native", "render"]
+__all__ = ["FAMILY", "Patches", "Reader", "backbone", "chosen", "hidden", "native", "render"]
 
+FEWEST_FRAMES, MOST_FRAMES = 4, 768  # that qwen-vl-utils takes of a video
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # model types whose input is made here
 INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
@@ -266,6 +267,26 @@ def render(processor: Any, content: Sequence[Mapping[str, str]], system: str = "
     if text.rstrip().endswith("<think>"):
         text = text.rstrip() + "\n\n</think>\n\n"
     return text + start
+
+
+def chosen(total: int, fps: float, rate: float, count: int | None = None) -> list[int]:
+    """The frames that qwen-vl-utils takes of a video: evenly spaced, both ends included, an even number where there are enough.
+
+    Args:
+        total: frames of the video.
+        fps: its frames a second.
+        rate: wanted frames a second; at least 4 and at most 768 frames are taken.
+        count: wanted frames, instead of `rate`.
+
+    Raises:
+        ValueError: there are fewer than two frames.
+    """
+    if total < 2:
+        raise ValueError(f"a video needs at least 2 frames here; got {total}")
+    most = min(MOST_FRAMES, total) // 2 * 2
+    wanted = count if count is not None else min(max(total / fps * rate, FEWEST_FRAMES), most)
+    wanted = min(round(wanted / 2) * 2, total)
+    return torch.linspace(0, total - 1, wanted).round().long().tolist()
 
 
 def hidden(network: Any, inputs: Mapping[str, Tensor], sequential: bool = False) -> Tensor:
