@@ -8,6 +8,7 @@ from .combine import Batched, Framewise, Product, Weighted
 from .constraints import Constrained
 from .crossencoder import CrossEncoder
 from .ensembles import Ensemble
+from .geneval import GenEval
 from .imagereward import CycleReward, ImageReward, IterComp
 from .judging import Ask, Judge
 from .motion import DynamicDegree, FrameDifference, TemporalFlickering
@@ -26,7 +27,6 @@ from .written import UnifiedReward, Written
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
 __all__ = [
-    "MPS",
     "Aesthetic",
     "Ask",
     "Batched",
@@ -45,6 +45,7 @@ __all__ = [
     "Ensemble",
     "FrameDifference",
     "Framewise",
+    "GenEval",
     "HPSv2",
     "ImageReward",
     "IterComp",
@@ -52,6 +53,7 @@ __all__ = [
     "Judge",
     "LogSigmoid",
     "Loudness",
+    "MPS",
     "Modality",
     "OCRAccuracy",
     "OpenCLIPScore",

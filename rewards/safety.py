@@ -17,8 +17,8 @@ both happen from 0.0005 on. The score itself is not rounded; the names of the co
 
 A penalty of zero for what is safe makes it a constraint rather than a wish: weigh it, or bound it, rather than maximise it.
 
-Sources: the model card of Falconsai/nsfw_image_detection. Rombach et al., "Latent Diffusion Models", 2022, arXiv 2112.10752, released
-code; Rando et al., "Red-Teaming the Stable Diffusion Safety Filter", 2022, arXiv 2210.04610, who say what the checker computes.
+Sources: the model card of Falconsai/nsfw_image_detection. Rombach et al., "Latent Diffusion Models", 2022, arXiv 2112.10752,
+released code; Rando et al., "Red-Teaming the Stable Diffusion Safety Filter", 2022, arXiv 2210.04610, who say what it computes.
 """
 
 from __future__ import annotations
