@@ -45,7 +45,7 @@ FRAMES = {"share": 8, "think3": 8, "flex": 8}  # of each video, sent as images b
 
 
 class WinRate(Reward):
-    """How often a judge prefers a sample to the others of its prompt (Pref-GRPO, Wang et al. 2025, arXiv 2508.20751).
+    """How often a judge prefers a sample to the others of its prompt (Pref-GRPO, arXiv 2508.20751).
 
     Range: 0 to 1, and 0.5 on average over the samples of a prompt
     Size: as the judge
