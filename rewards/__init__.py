@@ -3,10 +3,11 @@
 from .aesthetic import Aesthetic
 from .audio import CLAPScore, Clipping, Loudness, Silence
 from .base import Modality, Prompt, Reward, Scores, as_prompts, facts
-from .clip import CLIPScore, DualEncoder, HPSv2, OpenCLIPScore, PickScore
+from .clip import CLIPScore, PickScore
 from .combine import Batched, Framewise, Product, Weighted
 from .constraints import Constrained
 from .crossencoder import CrossEncoder
+from .dual import DualEncoder
 from .ensembles import Ensemble
 from .geneval import GenEval
 from .imagereward import CycleReward, ImageReward, IterComp
@@ -14,6 +15,7 @@ from .judging import Ask, Judge
 from .motion import DynamicDegree, FrameDifference, TemporalFlickering
 from .mps import MPS
 from .ocr import OCRAccuracy
+from .openclip import HPSv2, OpenCLIPScore, SocialReward
 from .preprocess import Preprocess
 from .safety import Safety, SafetyChecker
 from .segments import Sampled, Segmental
@@ -27,6 +29,7 @@ from .written import UnifiedReward, Written
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
 __all__ = [
+    "MPS",
     "Aesthetic",
     "Ask",
     "Batched",
@@ -53,7 +56,6 @@ __all__ = [
     "Judge",
     "LogSigmoid",
     "Loudness",
-    "MPS",
     "Modality",
     "OCRAccuracy",
     "OpenCLIPScore",
@@ -72,6 +74,7 @@ __all__ = [
     "Sharpness",
     "Silence",
     "SmoothJPEGSize",
+    "SocialReward",
     "Standardised",
     "TemporalFlickering",
     "UnifiedReward",

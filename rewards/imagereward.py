@@ -18,7 +18,6 @@ Unlike in BLIP's own matching head the prompt begins with [CLS], not [ENC]; the 
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Prompt, Reward
-from .loading import fill, find, loading, pretrained_tokenizer, read_weights
+from .loading import fill, find, loading, pretrained_tokenizer, read_weights, warn_if_cut
 from .preprocess import Preprocess, Quantize
 
 if TYPE_CHECKING:
@@ -129,12 +128,7 @@ class ImageReward(Reward):
         """Ids and mask of a prompt, padded to the model's length; each is computed once."""
         if prompt.text not in self.remembered:
             full = len(self.tokenizer(prompt.text, verbose=False)["input_ids"])
-            if full > self.length:
-                warnings.warn(
-                    f"{self.name} reads {self.length} tokens: the last {full - self.length} of {full} are cut in "
-                    f"{prompt.text[:60]!r}...",
-                    stacklevel=2,
-                )
+            warn_if_cut(self.name, prompt.text, full, self.length)
             read = self.tokenizer(prompt.text, padding="max_length", truncation=True, max_length=self.length)
             self.remembered[prompt.text] = read["input_ids"], read["attention_mask"]
             if len(self.remembered) > REMEMBERED:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Prompt, Reward
-from .loading import expand, fill, find, loading, pretrained_tokenizer, read_weights
+from .loading import expand, fill, find, loading, pretrained_tokenizer, read_weights, warn_if_cut
 from .preprocess import Quantize, from_image_processor
 
 __all__ = ["MPS"]
@@ -129,6 +129,8 @@ class MPS(Reward):
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Projected tokens (B, T, D) and the end token (B, D) of texts; padding counts as tokens, as in training."""
         length = self.clip.text_model.config.max_position_embeddings
+        for text, whole in zip(texts, self.tokenizer(texts, verbose=False)["input_ids"], strict=True):
+            warn_if_cut(self.name, text, len(whole), length)
         ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids = ids["input_ids"].to(self.clip.logit_scale.device)
         tokens = self.clip.text_projection(self.clip.text_model(input_ids=ids).last_hidden_state)

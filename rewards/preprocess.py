@@ -20,6 +20,7 @@ rounding of the input and of both passes is imitated too, and nearly every pixel
 | `longest_pad`   | longer side to `size`, then centred padding with `fill`         | HPSv2, HPSv2.1                 |
 | `squash`        | exactly `size` x `size`, the aspect ratio is lost               | SigLIP, VLM-RM                 |
 | `smart_resize`  | both sides to multiples of `factor` within a budget of pixels   | Qwen-VL judges                 |
+| `patch_budget`  | both sides to multiples of `factor`, as large as `max_pixels`   | SigLIP 2 NaFlex                |
 | `expand2square` | centred padding to a square with the mean colour, then `size`²  | CLIP-FlanT5, LLaVA-like judges |
 
 Two conventions differ between libraries by one pixel and are fields: how the side that follows is rounded (`sides`) and
@@ -49,6 +50,7 @@ __all__ = [
     "Policy",
     "Preprocess",
     "Quantize",
+    "budget_size",
     "from_image_processor",
     "from_open_clip",
     "resample",
@@ -56,7 +58,7 @@ __all__ = [
     "smart_size",
 ]
 
-Policy = Literal["shortest_crop", "longest_pad", "squash", "smart_resize", "expand2square"]
+Policy = Literal["shortest_crop", "longest_pad", "squash", "smart_resize", "patch_budget", "expand2square"]
 Quantize = Literal["none", "ste", "hard"]
 Rounding = Literal["floor", "round"]
 Colour3 = tuple[float, float, float]
@@ -77,7 +79,7 @@ class Preprocess:
 
     Attributes:
         policy: how a rectangle becomes the network's input; see the module docstring.
-        size: side of the square input in pixels; unused by `smart_resize`.
+        size: side of the square input in pixels; unused by `smart_resize` and `patch_budget`.
         mean: subtracted from each channel.
         std: divides each channel.
         resize: `shortest_crop` only: length of the shorter side before the crop; None means `size`.
@@ -89,9 +91,9 @@ class Preprocess:
         clamp: False keeps the overshoots of the cubic kernel, as references that resize float tensors do.
         quantize: imitation of 8-bit storage: "none"; "hard" rounds and has no gradient; "ste" rounds and passes the
             gradient straight through.
-        factor: `smart_resize` only: sides are multiples of it.
+        factor: `smart_resize` and `patch_budget` only: sides are multiples of it.
         min_pixels: `smart_resize` only: smallest area.
-        max_pixels: `smart_resize` only: largest area.
+        max_pixels: `smart_resize` and `patch_budget` only: largest area.
     """
 
     policy: Policy = "shortest_crop"
@@ -129,6 +131,8 @@ class Preprocess:
         """(height, width) after the resize, before any crop or padding that follows it."""
         if self.policy == "smart_resize":
             return smart_size(height, width, self.factor, self.min_pixels, self.max_pixels)
+        if self.policy == "patch_budget":
+            return budget_size(height, width, self.factor, self.max_pixels)
         if self.policy in ("squash", "expand2square"):
             return self.size, self.size
         if self.policy == "shortest_crop":
@@ -250,6 +254,23 @@ def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
     return h, w
 
 
+def budget_size(height: int, width: int, factor: int, max_pixels: int) -> tuple[int, int]:
+    """SigLIP 2's resize (arXiv 2502.14786, released code): the largest scale at which both sides, rounded up to multiples, fit.
+
+    As there, the scale is found by halving, to 1e-5.
+    """
+    low, high = 1e-6, 100.0
+    size = (factor, factor)
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        h, w = (max(factor, math.ceil(side * scale / factor) * factor) for side in (height, width))
+        if h * w <= max_pixels:
+            low, size = scale, (h, w)
+        else:
+            high = scale
+    return size
+
+
 def from_image_processor(config: dict[str, Any], quantize: Quantize) -> Preprocess:
     """The policy of a transformers image processor, read from its config.
 
@@ -264,6 +285,18 @@ def from_image_processor(config: dict[str, Any], quantize: Quantize) -> Preproce
         raise refuse("resample other than 2 (bilinear) or 3 (bicubic)")
     if not all(config.get(k, True) for k in ("do_resize", "do_rescale", "do_normalize")) or config.get("do_pad"):
         raise refuse("a step switched off or padding")
+    interpolation = "bicubic" if config["resample"] == 3 else "bilinear"
+    if "max_num_patches" in config:
+        patch = config["patch_size"]
+        return Preprocess(
+            policy="patch_budget",
+            mean=tuple(config["image_mean"]),
+            std=tuple(config["image_std"]),
+            interpolation=interpolation,
+            quantize=quantize,
+            factor=patch,
+            max_pixels=config["max_num_patches"] * patch**2,
+        )
     size, crop = config["size"], config.get("crop_size") if config.get("do_center_crop") else None
     target = crop or size
     if size.get("shortest_edge") and crop:
@@ -280,7 +313,7 @@ def from_image_processor(config: dict[str, Any], quantize: Quantize) -> Preproce
         mean=tuple(config["image_mean"]),
         std=tuple(config["image_std"]),
         resize=resize,
-        interpolation="bicubic" if config["resample"] == 3 else "bilinear",
+        interpolation=interpolation,
         quantize=quantize,
     )
 

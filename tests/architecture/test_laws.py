@@ -26,7 +26,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rewards", "samplers", "align")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 HEAVY = {"diffusers", "transformers", "open_clip", "gradio", "matplotlib", "peft", "accelerate", "datasets"}
-SHARED = {"answers", "base", "composite", "judging", "loading", "preprocess", "qwen", "specimens", "wire"}  # what every reward backend may use
+SHARED = {
+    "answers",
+    "base",
+    "composite",
+    "dual",
+    "judging",
+    "loading",
+    "preprocess",
+    "qwen",
+    "specimens",
+    "wire",
+}  # what every reward backend may use
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 STEER = [p for p in CONFIGS if p.parent.name == "steer" or p.name == "steer.yaml"]
 LAUNCH = [p for p in CONFIGS if p.parent.name == "accelerate"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rewards import CLIPScore, HPSv2, OpenCLIPScore, PickScore
-from rewards.clip import pooled, projected, unit
+from rewards.clip import pooled
+from rewards.dual import projected, unit
 from rewards.preprocess import from_image_processor, from_open_clip
 from tests.rewards import tiny
 
@@ -142,7 +143,7 @@ def test_each_prompt_passes_the_text_tower_once(reward, monkeypatch: pytest.Monk
 
 
 def test_the_oldest_prompts_are_forgotten(reward, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewards.clip.REMEMBERED", 2)
+    monkeypatch.setattr("rewards.dual.REMEMBERED", 2)
     reward(IMAGES[:2], ["a cat", "a dog"])
     reward(IMAGES[:2], ["a cat", "a bird"])
     assert list(reward.remembered) == ["a cat", "a bird"]
