@@ -1,5 +1,6 @@
 """Rewards: score images, video, audio and tokens. Works alone; imports nothing of kilter's other packages."""
 
+from .adapters import FromCallable, as_ddpo_fn, as_multi_score
 from .aesthetic import Aesthetic
 from .audio import CLAPScore, Clipping, Loudness, Silence
 from .base import Modality, Prompt, Reward, Scores, as_prompts, facts
@@ -48,6 +49,7 @@ __all__ = [
     "Ensemble",
     "FrameDifference",
     "Framewise",
+    "FromCallable",
     "GenEval",
     "HPSv2",
     "ImageReward",
@@ -81,6 +83,8 @@ __all__ = [
     "Weighted",
     "WinRate",
     "Written",
+    "as_ddpo_fn",
+    "as_multi_score",
     "as_prompts",
     "facts",
 ]
