@@ -16,6 +16,11 @@ def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def siglip2_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save_siglip2(tmp_path_factory.mktemp("siglip2")))
+
+
+@pytest.fixture(scope="session")
 def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_open_clip(tmp_path_factory.mktemp("open_clip"))
 

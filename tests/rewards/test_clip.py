@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rewards import CLIPScore, HPSv2, OpenCLIPScore, PickScore
-from rewards.clip import pooled
+from rewards.clip import patches, pooled, reads_lowercase
 from rewards.dual import projected, unit
 from rewards.preprocess import from_image_processor, from_open_clip
 from tests.rewards import tiny
@@ -31,18 +31,27 @@ def official(folder: str, images: Tensor) -> tuple[Tensor, Tensor]:
 
     model = AutoModel.from_pretrained(folder).eval()
     pixels = AutoImageProcessor.from_pretrained(folder)(list(eight_bit(images)), return_tensors="pt")
-    padding = "max_length" if model.config.model_type == "siglip" else True
+    padding = True if model.config.model_type == "clip" else "max_length"
     tokens = AutoTokenizer.from_pretrained(folder)(PROMPTS, padding=padding, truncation=True, return_tensors="pt")
     with torch.no_grad():
         return pixels["pixel_values"], model(**pixels, **tokens).logits_per_image.diagonal()
 
 
-@pytest.fixture(params=["clip", "siglip"])
+def fed(reward: CLIPScore, images: Tensor, padded: Tensor) -> Tensor:
+    """The pixels that the network gets; for NaFlex in the layout of its padded ones."""
+    pixels = reward.preprocess(images)
+    if not reward.naflex:
+        return pixels
+    rows = patches(pixels, reward.preprocess.factor)["pixel_values"]
+    return torch.cat([rows, padded[:, rows.shape[1] :]], dim=1)
+
+
+@pytest.fixture(params=["clip", "siglip", "siglip2"])
 def folder(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue(f"{request.param}_folder")
 
 
-@pytest.fixture(params=["clip", "siglip", "open_clip"])
+@pytest.fixture(params=["clip", "siglip", "siglip2", "open_clip"])
 def reward(request: pytest.FixtureRequest):
     if request.param == "open_clip":
         return OpenCLIPScore(f"local-dir:{request.getfixturevalue('open_clip_folder')}")
@@ -54,7 +63,7 @@ def test_logits_are_transformers_own(folder: str) -> None:
     images = eight_bit(tiny.natural(4, 36, 40) if "siglip" not in folder else tiny.natural(4, 32, 32)) / 255
     pixels, logits = official(folder, images)
     reward = CLIPScore(folder)
-    torch.testing.assert_close(reward.preprocess(images), pixels, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fed(reward, images, pixels), pixels, rtol=0, atol=1e-5)
     torch.testing.assert_close(reward(images, PROMPTS), logits, rtol=0, atol=1e-3)  # logits span 50; float32
 
 
@@ -62,9 +71,9 @@ def test_logits_are_transformers_own(folder: str) -> None:
 def test_resized_pixels_are_transformers_own_to_one_level(folder: str, shape) -> None:
     images = eight_bit(tiny.natural(4, *shape)) / 255
     pixels, _ = official(folder, images)
-    std = torch.tensor(CLIPScore(folder).preprocess.std).view(3, 1, 1)
+    std = torch.tensor(CLIPScore(folder).preprocess.std).view(3, 1, 1) if pixels.ndim == 4 else 0.5
     for quantize, tolerance in (("hard", 1.01), ("none", 1.2)):
-        ours = CLIPScore(folder, quantize=quantize).preprocess(images)
+        ours = fed(CLIPScore(folder, quantize=quantize), images, pixels)
         error = 255 * std * (ours - pixels).abs()
         assert error.max() < tolerance
         assert error.mean() < 0.35
@@ -327,6 +336,44 @@ def test_another_kind_of_model_is_refused(clip_folder: str, tmp_path: Path) -> N
     CLIPModel.from_pretrained(clip_folder).vision_model.save_pretrained(tmp_path)
     with pytest.raises((ValueError, OSError), match=r"dual encoder|cannot load"):
         CLIPScore(str(tmp_path))
+
+
+def test_naflex_keeps_the_aspect_ratio_and_needs_no_padding(siglip2_folder: str) -> None:
+    """15 of 16 patches: transformers pads one and masks it."""
+    images = eight_bit(tiny.natural(4, 24, 40)) / 255
+    pixels, logits = official(siglip2_folder, images)
+    reward = CLIPScore(siglip2_folder)
+    given = patches(reward.preprocess(images), 8)
+    assert given["spatial_shapes"].tolist() == [[3, 5]] * 4
+    assert given["pixel_values"].shape == (4, 15, 192)
+    assert pixels.shape == (4, 16, 192)
+    torch.testing.assert_close(reward(images, PROMPTS), logits, rtol=0, atol=1e-3)
+
+
+def test_siglip_2_is_read_in_lower_case(siglip2_folder: str, siglip_folder: str) -> None:
+    lower = CLIPScore(siglip2_folder)
+    torch.testing.assert_close(lower(IMAGES[:1], ["A Red CAT"]), lower(IMAGES[:1], ["a red cat"]))
+    config = CLIPScore(siglip_folder).model.config
+    assert not reads_lowercase(config)
+    config.text_config.vocab_size = 256_000  # Gemma's, which only SigLIP 2 reads
+    assert reads_lowercase(config)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_fine_tune_without_a_folder(folder: str, tmp_path: Path, prefix: str) -> None:
+    """imscore's files put `model.` before every name; older ones hold position ids."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(f"{folder}/model.safetensors")
+    weights["logit_scale"] = weights["logit_scale"] + 0.1
+    weights["text_model.embeddings.position_ids"] = torch.arange(10)[None]
+    save_file({prefix + key: value for key, value in weights.items()}, tmp_path / "tuned.safetensors")
+    plain, tuned = CLIPScore(folder), CLIPScore(folder, weights=str(tmp_path / "tuned.safetensors"))
+    logits = (plain(IMAGES, PROMPTS) - plain.bias) * torch.tensor(0.1).exp() + plain.bias
+    torch.testing.assert_close(tuned(IMAGES, PROMPTS), logits, rtol=0, atol=1e-3)
+    save_file({"model.logit_scale": weights["logit_scale"]}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors does not hold the weights of .*: it lacks"):
+        CLIPScore(folder, weights=str(tmp_path / "other.safetensors"))
 
 
 def test_both_forms_of_transformers_features() -> None:

@@ -84,6 +84,25 @@ def save_siglip(folder: Path) -> Path:
     return folder
 
 
+def save_siglip2(folder: Path) -> Path:
+    """A NaFlex Siglip2Model for up to 16 patches of 8 pixels, whatever their arrangement."""
+    from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model
+
+    torch.manual_seed(4)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**shape, "vocab_size": len(WORDS) + 3, "max_position_embeddings": 10, "projection_size": 32}
+    model = Siglip2Model(Siglip2Config(text_config=text, vision_config={**shape, "num_patches": 16, "patch_size": 8}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p) if p.ndim > 1 else 0)
+        model.logit_scale.fill_(4.7)
+        model.logit_bias.fill_(-12.9)
+    model.save_pretrained(folder)
+    word_tokenizer(folder, 10, ["input_ids"])
+    Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(folder)
+    return folder
+
+
 OPEN_CLIP = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8},
