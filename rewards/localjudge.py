@@ -31,7 +31,6 @@ from .qwen import FAMILY, Reader, hidden, render
 __all__ = ["LocalJudge"]
 
 CONTEXT = 32  # characters before an answer that decide how it is tokenized
-MARK = "<media>"
 
 
 class LocalJudge(Judge):
@@ -148,15 +147,8 @@ class LocalJudge(Judge):
 
     def text(self, ask: Ask) -> str:
         """The question as the model reads it, with one placeholder a medium."""
-        parts = ask.text.split(MARK)
-        if len(parts) == 1:
-            parts = [""] * len(ask.media) + parts
-        if len(parts) != len(ask.media) + 1:
-            raise ValueError(
-                f"a question must hold {MARK} for each of its media or never; got {len(ask.media)} and {ask.text!r}"
-            )
         content: list[dict[str, str]] = []
-        for i, part in enumerate(parts):
+        for i, part in enumerate(ask.pieces):
             content += [{"type": "text", "text": part}] if part else []
             if i < len(ask.media):
                 content += self.places(ask.media[i])

@@ -1,8 +1,8 @@
 """Random vision-language models of some hundred kilobytes in the hub's folder layout: weights, configs, tokenizer, chat template,
 processor. They answer nonsense, but the same nonsense each time, and every word and pixel matters to them.
 
-The vocabulary is a byte-level BPE with every byte and a few hundred merges, so any text can be read and written; "Yes", "No", the
-digits and the five words of Q-Align are single tokens.
+The vocabulary is a byte-level BPE with every byte and some hundreds of merges, so any text can be read and written; "Yes", "No",
+the digits and the five words of Q-Align are single tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from rewards.judging import published
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
@@ -58,8 +60,9 @@ def tokenizer(special: list[str]) -> Any:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    raw.train_from_iterator([word for word in WORDS.split() for word in (word, " " + word)], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    words = sorted({*WORDS.split(), *published("hpsv3", "image").split()})  # long instructions in few tokens
+    raw.train_from_iterator([word for word in words for word in (word, " " + word)], trainer)
     state = json.loads(raw.to_str())["model"]
     made = Qwen2Tokenizer(
         vocab=state["vocab"],
@@ -228,3 +231,22 @@ def save_llava_onevision(folder: Path) -> Path:
         chat_template=template("<image>\n", "<video>\n"),
     )
     return finish(folder, LlavaOnevisionForConditionalGeneration(config), processor)
+
+
+def save_hpsv3(folder: Path, qwen: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A file in HPSv3's published layout: a Qwen2-VL with one more token and a head, keys named as before transformers 4.52."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(qwen / "model.safetensors")
+    generator = torch.Generator().manual_seed(4)
+    rows = len(tokenizer([*SPECIAL, "<|Reward|>"]))
+    added = torch.randn(1, 32, generator=generator)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name][: rows - 1], added])
+    for layer, (read, written) in {0: (32, 24), 3: (24, 16), 5: (16, 2)}.items():
+        weights[f"rm_head.{layer}.weight"] = torch.randn(written, read, generator=generator) * (2 / read) ** 0.5
+        weights[f"rm_head.{layer}.bias"] = torch.randn(written, generator=generator) / 4
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {k: v.to(torch.float32 if k.startswith("rm_head") else dtype).contiguous() for k, v in weights.items()}
+    save_file(kept, folder / "HPSv3.safetensors")
+    return folder / "HPSv3.safetensors"
