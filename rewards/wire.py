@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["TOLD", "Unanswered", "listed_odds", "mp4_uri", "png", "typed_odds", "written", "yes_first"]
+__all__ = ["TOLD", "Unanswered", "eight_bits", "listed_odds", "mp4_uri", "png", "typed_odds", "written", "yes_first"]
 
 TOLD = 200  # characters of a server's message that an error quotes
 ROUNDED_AWAY = 2.0**-25  # half the last bit of a float32 probability near 1
