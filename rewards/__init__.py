@@ -11,8 +11,11 @@ from .crossencoder import CrossEncoder
 from .dual import DualEncoder
 from .ensembles import Ensemble
 from .geneval import GenEval
+from .hpsv3 import HPSv3
 from .imagereward import CycleReward, ImageReward, IterComp
 from .judging import Ask, Judge
+from .learned import Learned
+from .localjudge import LocalJudge
 from .motion import DynamicDegree, FrameDifference, TemporalFlickering
 from .mps import MPS
 from .ocr import OCRAccuracy
@@ -24,8 +27,11 @@ from .server import ServedJudge
 from .shapes import Shapes
 from .simple import Brightness, Colour, JPEGSize, Sharpness, SmoothJPEGSize
 from .transforms import Clipped, Delta, LogSigmoid, Standardised
+from .video import VideoReward
+from .vlm import QAlign, Rating, VQAScore, YesNo
 from .winrate import WinRate
 from .written import UnifiedReward, Written
+from .xcomposer import XComposerReward
 
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
@@ -52,12 +58,15 @@ __all__ = [
     "FromCallable",
     "GenEval",
     "HPSv2",
+    "HPSv3",
     "ImageReward",
     "IterComp",
     "JPEGSize",
     "Judge",
+    "LocalJudge",
     "LogSigmoid",
     "Loudness",
+    "Learned",
     "Modality",
     "OCRAccuracy",
     "OpenCLIPScore",
@@ -65,6 +74,8 @@ __all__ = [
     "Preprocess",
     "Product",
     "Prompt",
+    "QAlign",
+    "Rating",
     "Reward",
     "Safety",
     "SafetyChecker",
@@ -80,9 +91,13 @@ __all__ = [
     "Standardised",
     "TemporalFlickering",
     "UnifiedReward",
+    "VQAScore",
+    "VideoReward",
     "Weighted",
     "WinRate",
     "Written",
+    "XComposerReward",
+    "YesNo",
     "as_ddpo_fn",
     "as_multi_score",
     "as_prompts",
