@@ -21,6 +21,7 @@ for _name in ("rewards", "samplers"):
 from .adapters import Lora
 from .batches import Batch, Noised, Paths, Starts, Steps
 from .choices import sample_pairs
+from .comparing import Comparison, compare_rewards
 from .config import TrainConfig
 from .data import append_feedback, read_feedback, validate, write_feedback
 from .feedback import Captions, Likes, Preferences
@@ -36,8 +37,8 @@ from .trainer import Trainer
 from .training import train
 
 __all__ = [
-    "Batch", "Captions", "Likes", "Lora", "Memory", "Noised", "Objective", "Paths", "Preferences", "Prompts",
+    "Batch", "Captions", "Comparison", "Likes", "Lora", "Memory", "Noised", "Objective", "Paths", "Preferences", "Prompts",
     "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered", "Steps", "TrainConfig", "TrainResult", "Trainer",
-    "append_feedback", "load_policy", "read_feedback", "row_seed", "sample_pairs", "score", "score_rows",
+    "append_feedback", "compare_rewards", "load_policy", "read_feedback", "row_seed", "sample_pairs", "score", "score_rows",
     "score_set", "steer", "train", "validate", "write_feedback",
 ]  # fmt: skip

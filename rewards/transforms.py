@@ -58,7 +58,8 @@ class Standardised(Wrapper, Adaptive):
         over: where mean and standard deviation come from.
         mean: of the calibration.
         std: of the calibration, above 0.
-        scores: a table of scores to take mean and standard deviation from: .jsonl as `kilter score --json` prints, or .parquet.
+        scores: a table of scores to take mean and standard deviation from: .jsonl as `kilter score --json` prints, .parquet, or a
+            folder of `kilter score --out`.
         column: of the table; the reward's name by default.
         memory: of over="run": how many samples the statistics reach back; all by default.
         eps: of over="prompt": added to the standard deviation.
@@ -287,12 +288,13 @@ def table(path: str, column: str) -> dict[str, list[float]]:
         ValueError: not a table of scores, or no score in it.
     """
     place = Path(path).expanduser()
-    if not place.is_file():
+    files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
+    if not (files and files[0].is_file()):
         raise FileNotFoundError(f"no table of scores {path}: make one with kilter score --json > scores.jsonl")
-    if place.suffix == ".parquet":
-        from pyarrow.parquet import read_table
+    if files[0].suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile
 
-        rows = read_table(place).to_pylist()
+        rows = [row for file in files for row in ParquetFile(file).read().to_pylist()]
     else:
         try:
             rows = [json.loads(line) for line in place.read_text("utf-8").splitlines() if line.strip()]

@@ -1,6 +1,13 @@
 """The sub-commands of `kilter`, one module each: `HELP`, `parser()` and `run(parser, parsed, options) -> exit code`."""
 
-from . import check_reward, score, steer, train
+from . import check_reward, compare_rewards, score, steer, train
 from . import list as listing
 
-COMMANDS = {"steer": steer, "train": train, "score": score, "check-reward": check_reward, "list": listing}
+COMMANDS = {
+    "steer": steer,
+    "train": train,
+    "score": score,
+    "check-reward": check_reward,
+    "compare-rewards": compare_rewards,
+    "list": listing,
+}

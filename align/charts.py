@@ -1,0 +1,92 @@
+"""Pictures of what rewards are like: how far apart they are, and how well they agree with preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .comparing import Comparison
+from .curves import STYLE
+from .pictures import INK, INKS, LINE, SOFT, clipped, font
+
+__all__ = ["draw_comparison"]
+
+LABEL = 150  # pixels of a reward's name
+
+
+@contextmanager
+def page(path: Path, title: str, below: str, size: tuple[float, float], panels: int) -> Iterator[Any]:
+    """The axes of a picture, which is written whole or not at all."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):  # pyright: ignore
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.18, h_pad=0.16, wspace=0.06)  # pyright: ignore
+        figure.suptitle(clipped(title, font(15, True), 90 * size[0]), x=0.02, ha="left", fontsize=14, fontweight="bold")
+        figure.supxlabel(below, x=0.02, ha="left", fontsize=8.5, color=SOFT)
+        yield figure.subplots(1, panels, squeeze=False)[0]
+        partial = path.with_name(f"{path.name}.partial")
+        figure.savefig(partial, format="png", facecolor="white")
+    partial.replace(path)
+
+
+def draw_comparison(path: Path, found: Comparison) -> None:
+    """Distances and rank correlations of all pairs; of two rewards, every sample instead of the latter."""
+    side = 2.1 + 0.75 * len(found.names)
+    below = (
+        f"{found.samples} samples of {found.prompts} prompts; small: 95% bootstrap intervals over prompts. "
+        f"Top-1 agreement by chance: {found.chance:.2f}."
+    )
+    with page(path, "How far apart the rewards are", below, (2 * max(side, 4.2) + 0.6, max(side, 4.2)), 2) as axes:
+        names = [clipped(name, font(9), LABEL) for name in found.names]
+        _matrix(axes[0], "STARC distance, 0 same … 2 opposite", names, found, "distance", ("Blues", 0.0, 2.0))
+        if len(names) == 2:
+            _samples(axes[1], found)
+        else:
+            _matrix(axes[1], "Spearman correlation within prompts", names, found, "spearman", ("RdBu", -1.0, 1.0))
+
+
+def _matrix(
+    axis: Any, title: str, names: list[str], found: Comparison, measure: str, colours: tuple[str, float, float]
+) -> None:
+    """One measure of all pairs, in words and colours."""
+    name, low, high = colours
+    values, interval = found.values[measure], found.intervals[measure]
+    axis.set_title(title)
+    axis.imshow(values.clone().fill_diagonal_(float("nan")).numpy(), cmap=name, vmin=low, vmax=high, alpha=0.75)
+    for i in range(len(names)):
+        for j in range(len(names)):
+            if i == j:
+                continue
+            dark = abs(float(values[i, j]) - (0 if low else 0.5)) > (0.7 if low else 1.0)
+            ink = "white" if dark else INK
+            axis.text(j, i - 0.08, _number(values[i, j]), ha="center", va="center", color=ink, fontsize=11)
+            ends = f"{_number(interval[0, i, j])} … {_number(interval[1, i, j])}"
+            if values[i, j] == values[i, j]:
+                axis.text(j, i + 0.25, ends, ha="center", va="center", color=ink, fontsize=6)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(names)), names)
+    axis.grid(False)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _samples(axis: Any, found: Comparison) -> None:
+    """Every sample by both rewards, minus their means within its prompt, in standard deviations."""
+    x, y = (found.canonical * found.samples**0.5).tolist()
+    ends = [min(*x, *y, 0.0), max(*x, *y, 0.0)]
+    axis.plot(ends, ends, color=LINE, linewidth=1.2, zorder=1)
+    axis.scatter(x, y, s=10, color=INKS["optimised"], alpha=0.45, linewidths=0, zorder=2)
+    axis.set_title("Samples, relative to those of their prompt")
+    axis.set_xlabel(f"{clipped(found.names[0], font(9), 220)}, standard deviations")
+    axis.set_ylabel(clipped(found.names[1], font(9), 220))
+
+
+def _number(value: Tensor) -> str:
+    return "–" if value != value else f"{float(value):.2f}".replace("-", "−")
