@@ -129,7 +129,7 @@ class HPSv2(OpenCLIPScore):
 
 
 class SocialReward(OpenCLIPScore):
-    """Social Reward: which picture users of a creative platform would edit on (Isajanyan et al. 2024, arXiv 2402.09872).
+    """Social Reward: which picture the users of a creative platform like to work on.
 
     Range: -1 to 1
     Size: 224, the shorter side fitted and the centre cut

@@ -125,3 +125,31 @@ def save_mps(file: Path, clip: str, prefix: str = "mps.") -> Path:
         weights[f"cross_model.layers.{i}.1.fn.rotary_emb.inv_freq"] = 10000 ** (-torch.arange(0, head, 2) / head)
     save_file({prefix + key: value for key, value in weights.items()}, file)
     return file
+
+
+def open_clip_weights(vision: int = 32, layers: int = 2) -> dict[str, Tensor]:
+    """A CLIP for 32 pixels by OpenAI's names, which are open_clip's: `tiny.OPEN_CLIP`, but for the width of the image tower."""
+    draw, weights, text, joint = torch.Generator().manual_seed(7), {}, 32, 16
+    for tower, width in (("visual.transformer", vision), ("transformer", text)):
+        for i in range(layers):
+            block = f"{tower}.resblocks.{i}"
+            norm(weights, f"{block}.ln_1", width, draw)
+            linear(weights, f"{block}.attn.in_proj", width, 3 * width, draw)
+            linear(weights, f"{block}.attn.out_proj", width, width, draw)
+            norm(weights, f"{block}.ln_2", width, draw)
+            linear(weights, f"{block}.mlp.c_fc", width, 4 * width, draw)
+            linear(weights, f"{block}.mlp.c_proj", 4 * width, width, draw)
+    for name, width in (("visual.ln_pre", vision), ("visual.ln_post", vision), ("ln_final", text)):
+        norm(weights, name, width, draw)
+    shapes = {
+        "visual.class_embedding": (vision,),
+        "visual.positional_embedding": (17, vision),
+        "visual.conv1.weight": (vision, 3, 8, 8),
+        "visual.proj": (vision, joint),
+        "token_embedding.weight": (49408, text),
+        "positional_embedding": (12, text),
+        "text_projection": (text, joint),
+    }
+    weights |= {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    weights["logit_scale"] = torch.tensor(4.6052)
+    return {k.replace("in_proj.", "in_proj_"): v for k, v in weights.items()}

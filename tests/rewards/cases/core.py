@@ -33,6 +33,14 @@ def hpsv2(request: pytest.FixtureRequest) -> Reward:
     return rewards.HPSv2(checkpoint=str(path / "open_clip_model.safetensors"), model_name="kilter-tiny")
 
 
+def social(request: pytest.FixtureRequest) -> Reward:
+    import open_clip
+
+    path = request.getfixturevalue("open_clip_folder")
+    open_clip.add_model_config(path / "kilter-tiny.json")
+    return rewards.SocialReward(str(path / "open_clip_model.safetensors"), model_name="kilter-tiny")
+
+
 def mixed(request: pytest.FixtureRequest) -> Reward:
     return rewards.Weighted([rewards.CLIPScore(folder("clip_folder")(request), "cosine"), rewards.Brightness()], [1, 2])
 
@@ -92,5 +100,6 @@ CASES: dict[str, Case] = {
     "Shapes": Case(lambda _: rewards.Shapes(), GRAMMAR, shapes),
     "Sharpness": Case(lambda _: rewards.Sharpness(), size=None),
     "SmoothJPEGSize": Case(lambda _: rewards.SmoothJPEGSize(), tolerance=1e-4, size=None),
+    "SocialReward": Case(social),
     "Weighted": Case(mixed),
 }
