@@ -200,7 +200,7 @@ def _kind(type: Any) -> str:
 def _feature_kind(feature: Any) -> str:
     import datasets
 
-    if isinstance(feature, datasets.Image):
+    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
         return "image"
     if isinstance(feature, datasets.Value):
         return {"binary": "image", "large_binary": "image", "string": "text", "large_string": "text"}.get(
