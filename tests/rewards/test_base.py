@@ -67,6 +67,15 @@ class Modal(Mean):
         return media.double().flatten(1).mean(dim=1)
 
 
+class Remembers(Mean):
+    """Multiplies by what it computed the first time, as a reward that remembers prompts or positions does."""
+
+    def measure(self, media, prompts):
+        if not hasattr(self, "known"):
+            self.known = 2 * self.net[1].weight.sum()
+        return self.known * media.float().flatten(1).mean(dim=1)
+
+
 IMAGES = torch.linspace(0, 1, 3 * 3 * 4 * 5).view(3, 3, 4, 5)
 
 
@@ -142,6 +151,15 @@ def test_as_prompts_keeps_prompts_and_wraps_strings() -> None:
     assert as_prompts("x") == [Prompt("x")]
     assert str(prompt) == "a"
     assert hash(prompt) == hash(Prompt("a", negative="b"))
+
+
+def test_what_was_remembered_without_a_gradient_can_enter_a_graph_later() -> None:
+    """Inference mode would forbid it, for the scores as for what a reward keeps."""
+    reward, x = Remembers(), IMAGES.clone().requires_grad_()
+    with torch.no_grad():
+        baseline = reward(IMAGES)
+    (reward(x) * baseline).sum().backward()
+    torch.testing.assert_close(x.grad.flatten(1)[:, 0], baseline * 2 / 60)
 
 
 def test_gradient_flows_only_where_asked() -> None:
