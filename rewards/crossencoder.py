@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Features, Prompt, Reward
+from .loading import warn_if_cut
 
 __all__ = ["CrossEncoder"]
 
@@ -145,6 +146,7 @@ class CrossEncoder(Reward):
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Padded ids and mask, (B,L) each, remembered a text."""
         for text in set(texts) - self.tokens.keys():
+            warn_if_cut(self.name, text, len(self.tokenizer(text, verbose=False)["input_ids"]), self.length)
             out = self.tokenizer(
                 text, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
             )

@@ -104,11 +104,18 @@ class Sharpness(Reward):
     Range: 0 to 16, 0 for a flat image; noise is sharper than any picture
     Size: any from 3 x 3
     Gradient: yes
+
+    Raises:
+        ValueError: when scoring, images are smaller.
     """
 
     needs_prompt = False
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:
+        if min(media.shape[-2:]) < 3:
+            raise ValueError(
+                f"Sharpness needs images of 3 x 3 pixels or more; got {media.shape[-2]} x {media.shape[-1]}"
+            )
         luma = luminance(at_least_float32(media))[:, None]
         return F.conv2d(luma, luma.new_tensor(LAPLACIAN)[None, None]).var(dim=(1, 2, 3), correction=0)
 
