@@ -37,7 +37,7 @@ AREA = 256 * 28 * 28  # pixels, at least and at most, in training and in the rel
 
 
 class HPSv3(Reward):
-    """Human Preference Score v3, wide-spectrum: photographs, art and samples of any model (Ma et al. 2025, arXiv 2508.03789).
+    """Human Preference Score v3 (Ma et al. 2025, arXiv 2508.03789).
 
     Range: about -5 to 15; good models get 8 to 11
     Size: 448 x 448 or as many pixels in another shape, sides multiples of 28
@@ -79,6 +79,7 @@ class HPSv3(Reward):
         self.network = network.to(getattr(torch, dtype))
         self.reader = Reader(self.processor, "qwen2_vl", quantize=quantize, min_pixels=pixels, max_pixels=pixels)
         self.token = self.processor.tokenizer.convert_tokens_to_ids(TOKEN)
+        self.question = published("hpsv3", "image")
         self.differentiable = quantize != "hard"
         self.freeze()
 

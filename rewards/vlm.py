@@ -130,7 +130,7 @@ class YesNo(Asked):
 
 
 class VQAScore(Asked):
-    """VQAScore: the probability that a judge answers "Yes" to "does this figure show the prompt?" (arXiv 2404.01291).
+    """VQAScore: how probably a judge answers "Yes", the figure shows the prompt (arXiv 2404.01291).
 
     Range: 0 to 1
     Size: as the judge
@@ -158,7 +158,7 @@ class VQAScore(Asked):
 
 
 class Rating(Asked):
-    """The rating that a judge is expected to give: the mean of a scale under the probabilities of its labels.
+    """The rating that a judge is expected to give: the mean of a scale under the odds of its labels.
 
     Range: the smallest to the largest of `values`
     Size: as the judge
@@ -214,14 +214,15 @@ class Rating(Asked):
 
 
 class QAlign(Rating):
-    """Q-Align's and DeQA-Score's rating: five words from excellent to bad after "The quality of the image is" (arXiv 2312.17090).
+    """Q-Align's and DeQA-Score's rating in five words from excellent to bad (arXiv 2312.17090).
 
     Range: 0 to 1, or 1 to 5
     Size: as the judge
     Gradient: as the judge
 
-    The published question on any judge. The published weights (q-future/one-align, zhiyuanyou/DeQA-Score-Mix3, S-Lab licence, not
-    for commercial use) are code of their own around mPLUG-Owl2 for old transformers: serve them, or use a general judge.
+    The published question on any judge, whose answer begins with "The quality of the image is". The published weights
+    (q-future/one-align, zhiyuanyou/DeQA-Score-Mix3; S-Lab licence, not for commercial use) come with code of their own for an old
+    transformers: serve them, or ask a general judge.
 
     Args:
         judge: who is asked.
