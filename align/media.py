@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["Media", "fitted", "image_size", "latent_shapes", "load_latents", "load_rgb"]
+__all__ = ["Media", "as_rgb", "fitted", "image_size", "latent_shapes", "load_latents", "load_rgb"]
 
 MOST_PIXELS = 100_000_000
 EXACT = {"RGB", "RGBA", "L", "LA", "P", "PA", "1"}  # modes that RGB over white represents exactly
@@ -99,10 +99,19 @@ def load_rgb(media: Media) -> Image.Image:
         ValueError: it cannot be used, and why.
     """
     with _opened(media) as file, _readable(media):
-        image = ImageOps.exif_transpose(file)
-        if "A" not in image.getbands() and "transparency" not in image.info:
-            return image.convert("RGB")
-        image = image.convert("RGBA")
+        return as_rgb(ImageOps.exif_transpose(file), media.name)
+
+
+def as_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """RGB, transparency laid on white.
+
+    Raises:
+        ValueError: its colour mode has no exact RGB.
+    """
+    _exact(image.mode, name)
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -189,12 +198,16 @@ def _opened(media: Media):
             raise ValueError(f"{media.name} has no pixels: its size is {file.width}×{file.height}")
         if file.width * file.height > MOST_PIXELS:
             raise ValueError(_too_large(media.name, f": it has {file.width}×{file.height}"))
-        if file.mode not in EXACT:
-            remedy = REMEDY.get(file.mode, "convert it to RGB")
-            raise ValueError(f"{media.name} is in colour mode {file.mode}, which has no exact RGB: {remedy}")
+        _exact(file.mode, media.name)
         if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":  # MPO: a photograph with a preview beside it
             raise ValueError(f"{media.name} is an animation of {file.n_frames} frames: save the frame that was judged")  # pyright: ignore
         yield file
+
+
+def _exact(mode: str, name: str) -> None:
+    if mode not in EXACT:
+        remedy = REMEDY.get(mode, "convert it to RGB")
+        raise ValueError(f"{name} is in colour mode {mode}, which has no exact RGB: {remedy}")
 
 
 def _too_large(name: str, size: str = "") -> str:

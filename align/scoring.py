@@ -27,7 +27,7 @@ from rewards import Prompt, Reward, Scores, as_prompts
 from .ahead import ahead, batches, cut, cut_whole, decode, in_threads, pixels
 from .description import describe
 from .entries import Columns, Entries, Entry, Wanted, entries_of
-from .media import Media, load_rgb
+from .media import Media, as_rgb, load_rgb
 from .panel import panel_of
 from .parts import Parts, claim
 from .scorer import OnError, Scorer, device_of
@@ -275,7 +275,7 @@ def _bar(show: bool, entries: Entries, parts: Parts, world: World) -> Iterator[C
 def _tensor(item: str | Path | Image.Image | Tensor) -> Tensor:
     if isinstance(item, Tensor):
         return item
-    image = item.convert("RGB") if isinstance(item, Image.Image) else load_rgb(Media(str(item), Path(item)))
+    image = as_rgb(item) if isinstance(item, Image.Image) else load_rgb(Media(str(item), Path(item)))
     return pixels(image).float() / 255
 
 

@@ -75,10 +75,12 @@ def test_files_that_are_not_rgb(clip_folder: str, tmp_path: Path) -> None:
         given.save(tmp_path / f"{name}.png")
     files = [tmp_path / f"{name}.png" for name in pairs]
     scores = align.score(reward, files, "a red cat").total
-    torch.testing.assert_close(scores, align.score(reward, [rgb for _, rgb in pairs.values()], "a red cat").total)
+    for column in zip(*pairs.values(), strict=True):  # the same in memory
+        torch.testing.assert_close(align.score(reward, column, "a red cat").total, scores)
     image.convert("CMYK").save(tmp_path / "ink.jpg")
-    with pytest.raises(ValueError, match=r"ink\.jpg is in colour mode CMYK.*convert it to RGB with its colour profile"):
-        align.score(reward, [tmp_path / "ink.jpg"], "a red cat")
+    for ink in (tmp_path / "ink.jpg", image.convert("CMYK")):
+        with pytest.raises(ValueError, match=r"is in colour mode CMYK.*convert it to RGB with its colour profile"):
+            align.score(reward, [ink], "a red cat")
     scored = align.score_set(
         reward, [*map(str, files), str(tmp_path / "ink.jpg")], tmp_path / "out", prompts="a red cat"
     )
