@@ -20,6 +20,7 @@ for _name in ("rewards", "samplers"):
 
 from .adapters import Lora
 from .batches import Batch, Noised, Paths, Starts, Steps
+from .bestofn import best_of_n
 from .choices import sample_pairs
 from .comparing import Comparison, compare_rewards
 from .config import TrainConfig
@@ -39,6 +40,6 @@ from .training import train
 __all__ = [
     "Batch", "Captions", "Comparison", "Likes", "Lora", "Memory", "Noised", "Objective", "Paths", "Preferences", "Prompts",
     "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered", "Steps", "TrainConfig", "TrainResult", "Trainer",
-    "append_feedback", "compare_rewards", "load_policy", "read_feedback", "row_seed", "sample_pairs", "score", "score_rows",
-    "score_set", "steer", "train", "validate", "write_feedback",
+    "append_feedback", "best_of_n", "compare_rewards", "load_policy", "read_feedback", "row_seed", "sample_pairs", "score",
+    "score_rows", "score_set", "steer", "train", "validate", "write_feedback",
 ]  # fmt: skip
