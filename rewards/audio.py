@@ -22,7 +22,6 @@ Resampling: Smith, "Digital Audio Resampling", 2002: a sinc under a Hann window.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -30,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward, Scores
-from .loading import expand, loading, pretrained
+from .dual import DType, DualEncoder, unit
+from .loading import expand, loading, pretrained, pretrained_tokenizer, warn_if_cut
 
 __all__ = ["CLAPScore", "Clipping", "Loudness", "Silence"]
 
@@ -38,10 +38,9 @@ CROSSINGS = 16  # zero crossings of the sinc on either side
 TAPS = 10_000_000  # of all phases of a filter, beyond which two sample rates share too little
 ROLLOFF = 0.99  # of the Nyquist frequency, where the filter of resampling cuts
 FLOOR = 1e-10  # of the power in a mel band: -100 dB
-REMEMBERED = 4096  # prompts
 
 
-class CLAPScore(Reward):
+class CLAPScore(DualEncoder):
     """Agreement of sound and prompt by a CLAP in the transformers layout.
 
     Range: "cosine" -1 to 1, mostly 0 to 0.6; "logit" the same times the learned scale
@@ -50,7 +49,7 @@ class CLAPScore(Reward):
     Weights: laion/clap-htsat-unfused, laion/larger_clap_general, laion/larger_clap_music, laion/clap-htsat-fused
     Licence: Apache-2.0
 
-    Deaf to loudness below clipping and to the order of events; pair it with `Loudness`.
+    Nearly deaf to loudness and to the order of events; pair it with `Loudness`.
 
     Args:
         model: folder or hub id of a CLAP.
@@ -71,51 +70,52 @@ class CLAPScore(Reward):
         variant: Literal["cosine", "logit"] = "cosine",
         *,
         sample_rate: int = 48_000,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: DType = "float32",
     ) -> None:
-        super().__init__()
         if variant not in ("cosine", "logit"):
             raise ValueError(f"variant must be cosine or logit; got {variant!r}")
-        from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
+        super().__init__(variant, dtype)
+        from transformers import ClapFeatureExtractor, ClapModel
 
+        self.sample_rate = positive(sample_rate)
         network = pretrained(ClapModel, model)
-        with loading(model, "the tokenizer (tokenizer.json) and preprocessor_config.json"):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(expand(model))
-            if set(self.tokenizer.get_vocab()) <= set(self.tokenizer.all_special_tokens):
-                raise OSError("the tokenizer's files are missing: it knows no words")
+        self.tokenizer = pretrained_tokenizer(model)
+        with loading(model, "preprocessor_config.json"):
             self.extractor: Any = ClapFeatureExtractor.from_pretrained(expand(model))
-        fused, truncation = network.config.audio_config.enable_fusion, self.extractor.truncation
-        if truncation != ("fusion" if fused else "rand_trunc") or self.extractor.padding not in PADDING:
+        self.fused, truncation = network.config.audio_config.enable_fusion, self.extractor.truncation
+        if truncation != ("fusion" if self.fused else "rand_trunc") or self.extractor.padding not in PADDING:
             raise ValueError(
-                f"{model!r} reads {'fused' if fused else 'single'} windows, yet its extractor is set to truncation "
+                f"{model!r} reads {'fused' if self.fused else 'single'} windows, yet its extractor is set to truncation "
                 f"{truncation!r}, padding {self.extractor.padding!r}: the preprocessor_config.json is another model's"
             )
-        self.fused, self.sample_rate = fused, positive(sample_rate)
-        filters = self.extractor.mel_filters if fused else self.extractor.mel_filters_slaney
+        filters = self.extractor.mel_filters if self.fused else self.extractor.mel_filters_slaney
         self.register_buffer("filters", torch.from_numpy(filters), persistent=False)  # (frequencies, mels) float64
-        self.scale = network.logit_scale_a.detach().double().exp().item() if variant == "logit" else 1.0
+        self.scale, self.bias = network.logit_scale_a.detach().double().exp().item(), 0.0
         words = network.config.text_config  # RoBERTa counts positions from behind the one of the padding
         self.length = min(self.tokenizer.model_max_length, words.max_position_embeddings - words.pad_token_id - 1)
-        self.remembered: dict[str, Tensor] = {}
-        self.model = network.to(getattr(torch, dtype))
+        self.model = network.to(self.dtype)
         self.freeze()
 
-    def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:
-        x = at_least_float32(media).mean(dim=1)
-        clips = windows(resampled(x, self.sample_rate, self.extractor.sampling_rate), self.span, self.extractor.padding)
-        mels = self.spectrogram(clips.flatten(0, 1))
-        read = {"input_features": mels.unsqueeze(1).to(next(self.model.parameters()).dtype)}
-        if self.fused:  # four channels, of which a clip that is not longer than the window uses the first
-            read["input_features"] = read["input_features"].expand(-1, 4, -1, -1)
-            read["is_longer"] = torch.zeros(len(mels), 1, dtype=torch.bool, device=mels.device)
-        sound = unit(pooled(self.model.get_audio_features(**read))).unflatten(0, clips.shape[:2])
-        text = self.text_features([prompt.text for prompt in prompts])
-        return self.scale * torch.einsum("bwd,bd->b", sound, text.to(sound.dtype)) / sound.shape[1]
+    def embeddings(self, media: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+        """The mean of the windows' unit vectors and the prompts' unit vectors, (B, D) each."""
+        x, wanted = at_least_float32(media).mean(dim=1), self.extractor.sampling_rate
+        clips = windows(resampled(x, self.sample_rate, wanted), self.extractor.nb_max_samples, self.extractor.padding)
+        sound = unit(self.encode_image(self.spectrogram(clips.flatten(0, 1)).to(self.tower_dtype)))
+        return sound.unflatten(0, clips.shape[:2]).mean(dim=1), self.text_features([p.text for p in prompts])
 
-    @property
-    def span(self) -> int:
-        """Samples of a window."""
-        return self.extractor.nb_max_samples
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        read: dict[str, Tensor] = {"input_features": pixels[:, None]}
+        if self.fused:  # of four channels, what is not longer than a window uses the first
+            read = {"input_features": pixels[:, None].expand(-1, 4, -1, -1)}
+            read["is_longer"] = torch.zeros(len(pixels), 1, dtype=torch.bool, device=pixels.device)
+        return pooled(self.model.get_audio_features(**read))
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        for text, ids in zip(texts, self.tokenizer(texts, verbose=False)["input_ids"], strict=True):
+            warn_if_cut(self.name, text, len(ids), self.length)
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+        tokens = tokens.to(next(self.model.parameters()).device)
+        return pooled(self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
 
     def spectrogram(self, x: Tensor) -> Tensor:
         """The log-mel spectrogram in dB: (B, N) -> (B, frames, mels) in the type of `x`.
@@ -130,37 +130,10 @@ class CLAPScore(Reward):
         mel = power.transpose(1, 2) @ self.get_buffer("filters").double()
         return (10 * mel.clamp(min=FLOOR).log10()).to(x.dtype)
 
-    def text_features(self, texts: list[str]) -> Tensor:
-        """Unit embeddings of texts, each computed once: (B, D), never part of a graph."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self.remembered]
-        if missing:
-            if len(self.remembered) + len(missing) > REMEMBERED:
-                self.remembered = {text: row for text, row in self.remembered.items() if text in texts}
-            counts = [len(ids) for ids in self.tokenizer(missing, verbose=False)["input_ids"]]
-            if max(counts) > self.length:
-                warnings.warn(
-                    f"{self.name} reads {self.length} tokens: the end of a prompt of {max(counts)} is cut", stacklevel=2
-                )
-            tokens = self.tokenizer(
-                missing, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
-            ).to(next(self.model.parameters()).device)
-            with torch.no_grad():
-                rows = unit(pooled(self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"])))
-            self.remembered.update(zip(missing, rows, strict=True))
-        return torch.stack([self.remembered[text] for text in texts])
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.remembered.clear()  # what was computed on another device or in another precision
-        return super()._apply(fn, recurse)
-
 
 def pooled(output: Any) -> Tensor:
     """The projected embedding: transformers 4 returns it, transformers 5 returns an object that holds it."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def unit(features: Tensor) -> Tensor:
-    return F.normalize(at_least_float32(features), dim=-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
