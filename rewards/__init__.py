@@ -1,12 +1,13 @@
 """Rewards: score images, video, audio and tokens. Works alone; imports nothing of kilter's other packages."""
 
 from .adapters import FromCallable, as_ddpo_fn, as_multi_score
-from .aesthetic import Aesthetic
+from .aesthetic import Aesthetic, ShadowAesthetic
 from .audio import CLAPScore, Clipping, Loudness, Silence
 from .base import Modality, Prompt, Reward, Scores, as_prompts, facts
 from .clip import CLIPScore, PickScore
 from .combine import Batched, Framewise, Product, Weighted
 from .constraints import Constrained
+from .critique import Assessor, Critique, MMRLHFJudge
 from .crossencoder import CrossEncoder
 from .dual import DualEncoder
 from .ensembles import Ensemble
@@ -39,6 +40,7 @@ __all__ = [
     "MPS",
     "Aesthetic",
     "Ask",
+    "Assessor",
     "Batched",
     "Brightness",
     "CLAPScore",
@@ -47,6 +49,7 @@ __all__ = [
     "Clipping",
     "Colour",
     "Constrained",
+    "Critique",
     "CrossEncoder",
     "CycleReward",
     "Delta",
@@ -63,10 +66,11 @@ __all__ = [
     "IterComp",
     "JPEGSize",
     "Judge",
+    "Learned",
     "LocalJudge",
     "LogSigmoid",
     "Loudness",
-    "Learned",
+    "MMRLHFJudge",
     "Modality",
     "OCRAccuracy",
     "OpenCLIPScore",
@@ -83,6 +87,7 @@ __all__ = [
     "Scores",
     "Segmental",
     "ServedJudge",
+    "ShadowAesthetic",
     "Shapes",
     "Sharpness",
     "Silence",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .dual import DType, DualEncoder, Variant
 from .loading import expand, fill, find, loading, pretrained, pretrained_tokenizer, read_weights, warn_if_cut
-from .preprocess import Quantize, from_image_processor
+from .preprocess import Quantize, pretrained_preprocess
 
 __all__ = ["CLIPScore", "PickScore"]
 
@@ -63,7 +63,7 @@ class CLIPScore(DualEncoder):
         alpha: float = 0.5,
     ) -> None:
         super().__init__(variant, dtype, baseline, alpha)
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
 
         source = model if processor is None else processor
         network = pretrained(AutoModel, model) if weights is None else refilled(model, weights)
@@ -71,12 +71,10 @@ class CLIPScore(DualEncoder):
         if not all(hasattr(network, a) for a in ("get_image_features", "get_text_features", "logit_scale")):
             raise ValueError(f"{self.name} needs a dual encoder such as CLIP or SigLIP; {model!r} holds a {kind}")
         self.tokenizer: Any = pretrained_tokenizer(source)
-        with loading(source, "preprocessor_config.json"):
-            images = AutoImageProcessor.from_pretrained(expand(source))
         self.siglip, self.naflex = kind in ("siglip", "siglip2"), kind == "siglip2"
         self.lowercase = reads_lowercase(network.config) if lowercase is None else lowercase
         self.max_length = min(self.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
-        self.ready(network, from_image_processor(images.to_dict(), quantize))
+        self.ready(network, pretrained_preprocess(source, quantize))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         if self.naflex:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .base import Prompt, Reward
 from .loading import expand, fill, find, loading, pretrained_tokenizer, read_weights, warn_if_cut
-from .preprocess import Quantize, from_image_processor
+from .preprocess import Quantize, pretrained_preprocess
 
 __all__ = ["MPS"]
 
@@ -83,19 +83,18 @@ class MPS(Reward):
         super().__init__()
         if not threshold < 1:
             raise ValueError(f"threshold must be below 1, where the best word of a prompt is; got {threshold}")
-        from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
+        from transformers import CLIPConfig, CLIPModel
 
         self.threshold, self.condition = threshold, condition
         self.tokenizer: Any = pretrained_tokenizer(model)
-        with loading(model, "config.json and preprocessor_config.json"):
+        with loading(model, "config.json"):
             self.clip = CLIPModel(CLIPConfig.from_pretrained(expand(model)))
-            images = AutoImageProcessor.from_pretrained(expand(model))
         with loading(weights, "the state dict of an MPS, or owner/name/file of one on the hub"):
             found = renamed(read_weights(find(weights)))
         self.cross = layers(found, weights)
         fill(self, found, weights, UNREAD)
         self.scale = self.clip.logit_scale.double().exp().item()
-        self.preprocess = from_image_processor(images.to_dict(), quantize)
+        self.preprocess = pretrained_preprocess(model, quantize)
         self.differentiable = self.preprocess.differentiable
         self.clip.to(getattr(torch, dtype))
         self.remembered: OrderedDict[str, tuple[Tensor, Tensor, Tensor]] = OrderedDict()

@@ -41,6 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .loading import expand, loading
+
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
@@ -53,6 +55,7 @@ __all__ = [
     "budget_size",
     "from_image_processor",
     "from_open_clip",
+    "pretrained_preprocess",
     "resample",
     "sharing",
     "smart_size",
@@ -316,6 +319,20 @@ def from_image_processor(config: dict[str, Any], quantize: Quantize) -> Preproce
         interpolation=interpolation,
         quantize=quantize,
     )
+
+
+def pretrained_preprocess(name: str, quantize: Quantize) -> Preprocess:
+    """The policy of the image processor in a folder or behind a hub id.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it asks for something that no policy here does.
+    """
+    from transformers import AutoImageProcessor
+
+    with loading(name, "preprocessor_config.json"):
+        processor = AutoImageProcessor.from_pretrained(expand(name))
+    return from_image_processor(processor.to_dict(), quantize)
 
 
 def from_open_clip(config: dict[str, Any], quantize: Quantize) -> Preprocess:

@@ -153,3 +153,28 @@ def open_clip_weights(vision: int = 32, layers: int = 2) -> dict[str, Tensor]:
     weights |= {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
     weights["logit_scale"] = torch.tensor(4.6052)
     return {k.replace("in_proj.", "in_proj_"): v for k, v in weights.items()}
+
+
+def aesthetic_weights(layers: dict[int, tuple[int, int]]) -> dict[str, Tensor]:
+    """An aesthetic head, by the numbers of its layers -> what each reads and writes."""
+    draw, weights = torch.Generator().manual_seed(8), {}
+    for number, (read, written) in layers.items():
+        linear(weights, str(number), read, written, draw)
+    return weights
+
+
+def save_shadow(folder: Path) -> Path:
+    """A ViT that sorts pictures of 32 pixels into hq and lq, in the layout of aesthetic-shadow-v2."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(9)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    labels = {"id2label": {0: "hq", 1: "lq"}, "label2id": {"hq": 0, "lq": 1}}
+    model = ViTForImageClassification(ViTConfig(**shape, image_size=32, patch_size=8, **labels))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p) if p.ndim > 1 else 0)
+    model.save_pretrained(folder)
+    mean, std = [0.65463551, 0.60715182, 0.61108185], [0.32903292, 0.32726001, 0.31909652]
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=mean, image_std=std).save_pretrained(folder)
+    return folder

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import rewards
 from rewards import Batched, Reward
 from rewards.shapes import COLORS
-from tests.rewards import tiny
+from tests.rewards import tiny, tiny_encoders
 from tests.rewards.cases import Case
 
 
@@ -97,6 +97,9 @@ CASES: dict[str, Case] = {
         lambda r: rewards.OpenCLIPScore(f"local-dir:{folder('open_clip_folder')(r)}"), tolerance=1e-3
     ),
     "PickScore": Case(lambda r: rewards.PickScore(*[folder("clip_folder")(r)] * 2), tolerance=1e-3),
+    "ShadowAesthetic": Case(
+        lambda r: rewards.ShadowAesthetic(str(tiny_encoders.save_shadow(r.getfixturevalue("tmp_path"))))
+    ),
     "Shapes": Case(lambda _: rewards.Shapes(), GRAMMAR, shapes),
     "Sharpness": Case(lambda _: rewards.Sharpness(), size=None),
     "SmoothJPEGSize": Case(lambda _: rewards.SmoothJPEGSize(), tolerance=1e-4, size=None),
