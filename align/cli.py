@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _named(argv: Sequence[str]) -> list[str]:
     """Lets the one thing a command is about stand without its option: kilter train CONFIG, kilter check-reward NAME."""
-    option = {"train": "--config", "check-reward": "--reward"}.get(argv[0]) if argv else None
+    option = (
+        {"train": "--config", "check-reward": "--reward", "train-reward": "--preferences"}.get(argv[0])
+        if argv
+        else None
+    )
     if option and len(argv) > 1 and not argv[1].startswith("-"):
         return [argv[0], f"{option}={argv[1]}", *argv[2:]]
     return list(argv)

@@ -1,11 +1,12 @@
 """The sub-commands of `kilter`, one module each: `HELP`, `parser()` and `run(parser, parsed, options) -> exit code`."""
 
-from . import check_reward, compare_rewards, score, steer, train
+from . import check_reward, compare_rewards, score, steer, train, train_reward
 from . import list as listing
 
 COMMANDS = {
     "steer": steer,
     "train": train,
+    "train-reward": train_reward,
     "score": score,
     "check-reward": check_reward,
     "compare-rewards": compare_rewards,

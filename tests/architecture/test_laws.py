@@ -31,8 +31,10 @@ SHARED = {
     "base",
     "composite",
     "dual",
+    "heads",
     "judging",
     "loading",
+    "localjudge",
     "preprocess",
     "qwen",
     "specimens",
@@ -41,7 +43,8 @@ SHARED = {
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 STEER = [p for p in CONFIGS if p.parent.name == "steer" or p.name == "steer.yaml"]
 LAUNCH = [p for p in CONFIGS if p.parent.name == "accelerate"]
-TRAIN = [p for p in CONFIGS if p not in STEER + LAUNCH]
+LEARN = [p for p in CONFIGS if p.stem.startswith("train_reward")]
+TRAIN = [p for p in CONFIGS if p not in STEER + LAUNCH + LEARN]
 EXPORTED = {name for module in (rewards, samplers, objectives, sources, feedback) for name in module.__all__}
 
 
@@ -136,6 +139,18 @@ def test_every_config_cites_and_is_short(path):
 def test_every_steering_config_loads(path):
     parsed = build_parser().parse_args(["steer", "--config", str(path), "a prompt"])
     assert parsed.steer.steering.class_path
+
+
+@pytest.mark.parametrize("path", LEARN, ids=relative)
+def test_every_reward_training_config_loads(path, monkeypatch):
+    """Encoder, head and loss are made; the preferences are there."""
+    monkeypatch.chdir(ROOT)
+    parser = build_parser()
+    parsed = parser.parse_args(["train-reward", "--config", str(path)])
+    options = parser.instantiate(parsed)["train-reward"]
+    assert options.encoder.needs_prompt
+    assert options.loss.needs_variance <= getattr(options.head, "variance", False)
+    assert all(Path(data).exists() for data in (options.preferences, options.heldout) if data)
 
 
 class Judge(rewards.Reward):
