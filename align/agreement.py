@@ -1,0 +1,130 @@
+"""How well differences of scores agree with preferences: pure functions of differences and labels.
+
+A pair has a difference D = r(a) - r(b) and a label y: 1 if a is preferred, -1 if b is, 0 for a tie. Weights stand for repeated
+pairs; with several rows of weights, (W, N), each row gives one value, which is how intervals are made.
+
+    accuracy      among pairs with a preference: sign(D) = y, and 1/2 where D = 0
+    strict        the same, and wrong where D = 0
+    with_ties     among all pairs: a tie is foretold where |D| ≤ threshold
+    calibrated    the same at the threshold where it is highest
+
+Tie calibration: Deutsch et al., "Ties Matter", 2023, arXiv 2305.14324, over all thresholds in O(N log N): pairs are sorted by |D|
+once, and accuracy changes by whole groups of equal |D|. (VideoAlign's code moves pairs of equal |D| one by one, which can report a
+value that no threshold reaches, and never tries to foretell no tie at all.)
+
+A temperature T makes D a log-odds: P(a preferred) = sigmoid(D / T). It minimises the negative log-likelihood, a tie counting half
+for each. The expected calibration error is the mean gap between sigmoid(|D| / T) and accuracy over bins of equally many pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "accuracy",
+    "calibrated",
+    "calibration_error",
+    "fit_temperature",
+    "log_loss",
+    "reliability",
+    "with_ties",
+]
+
+
+def accuracy(difference: Tensor, label: Tensor, weights: Tensor | None = None, *, tie: float = 0.5) -> Tensor:
+    """(W,) the share of preferences that scores agree with; NaN where there are none.
+
+    Args:
+        tie: what a pair counts for that the scores do not tell apart.
+    """
+    weights = _rows(difference, weights)
+    right = torch.where(difference == 0, tie, (difference.sign() == label).double())
+    return _mean(right, weights * (label != 0))
+
+
+def with_ties(difference: Tensor, label: Tensor, weights: Tensor | None = None, *, threshold: float = 0.0) -> Tensor:
+    """(W,) the share of pairs, ties included, whose label is foretold, where |D| ≤ threshold foretells a tie."""
+    told = torch.where(difference.abs() <= threshold, 0.0, difference.sign())
+    return _mean((told == label).double(), _rows(difference, weights))
+
+
+def calibrated(difference: Tensor, label: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(W,) the highest `with_ties` over all thresholds from 0, and the least threshold that reaches it."""
+    weights = _rows(difference, weights)
+    size, order = difference.abs().sort()
+    right = (difference.sign() == label).double()
+    gain = (label == 0).double() - right  # of foretelling a tie
+    gained = (weights * gain)[:, order].cumsum(1)
+    last = torch.cat([size[1:] != size[:-1], torch.ones(1, dtype=torch.bool)])  # of its group of equals
+    gained = torch.cat([gained.new_zeros(len(weights), 1), gained[:, last]], dim=1)
+    most, best = gained.max(1)
+    return _mean(right, weights) + most / weights.sum(1), torch.cat([size.new_zeros(1), size[last]])[best]
+
+
+def fit_temperature(difference: Tensor, label: Tensor, weights: Tensor | None = None) -> float:
+    """The temperature of the highest likelihood; 0 if every preference is agreed with, infinite if chance does no worse.
+
+    The loss is convex in 1 / T, whose slope is followed to 0 by bisection.
+    """
+    mine = weights if weights is not None else torch.ones_like(difference, dtype=torch.float64)
+    scale = float(difference.abs().max()) if len(difference) else 0.0
+    if scale == 0:
+        return math.inf
+    d, target = difference.double() / scale, (label.double() + 1) / 2
+
+    def slope(k: float) -> float:
+        return float((mine * d * (torch.sigmoid(k * d) - target)).sum())
+
+    if slope(0.0) >= 0:
+        return math.inf
+    if bool(((difference == 0) | (difference.sign() == label)).all()):
+        return 0.0
+    low, high = 0.0, 1.0
+    while slope(high) < 0:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return scale / high
+
+
+def log_loss(difference: Tensor, label: Tensor, temperature: float) -> float:
+    """The mean negative log-likelihood in nats: 0.693 by chance."""
+    logit = _logit(difference, temperature)
+    target = (label.double() + 1) / 2
+    return float(torch.nn.functional.binary_cross_entropy_with_logits(logit, target))
+
+
+def reliability(difference: Tensor, label: Tensor, temperature: float, bins: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """Of pairs with a preference, in bins of equally many by |D|: mean confidence, accuracy and count, (bins,) each."""
+    kept = label != 0
+    difference, label = difference[kept], label[kept]
+    logit = _logit(difference.abs(), temperature)
+    right = torch.where(difference == 0, 0.5, (difference.sign() == label).double())
+    parts = logit.argsort(stable=True).tensor_split(min(bins, max(1, len(logit))))
+    confidence = torch.stack([torch.sigmoid(logit[p]).mean() for p in parts])
+    return confidence, torch.stack([right[p].mean() for p in parts]), torch.tensor([len(p) for p in parts])
+
+
+def calibration_error(difference: Tensor, label: Tensor, temperature: float, bins: int = 10) -> float:
+    """The mean gap of confidence and accuracy over pairs with a preference; NaN where there are none."""
+    if not bool((label != 0).any()):
+        return math.nan
+    confidence, right, count = reliability(difference, label, temperature, bins)
+    return float((count * (confidence - right).abs()).sum() / count.sum())
+
+
+def _logit(difference: Tensor, temperature: float) -> Tensor:
+    d = difference.double()
+    return d * 0 if math.isinf(temperature) else d / max(temperature, 1e-30)
+
+
+def _rows(difference: Tensor, weights: Tensor | None) -> Tensor:
+    return torch.ones(1, len(difference), dtype=torch.float64) if weights is None else weights.double()
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (weights * values).sum(1) / weights.sum(1)

@@ -1,0 +1,85 @@
+"""Agreement with preferences: enumerated thresholds, closed forms, and recovered temperatures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from align.agreement import accuracy, calibrated, calibration_error, fit_temperature, log_loss, reliability, with_ties
+
+D = torch.tensor([2.0, -1.0, 0.5, 0.0, 0.1, -0.1, 3.0], dtype=torch.float64)
+Y = torch.tensor([1, -1, -1, 1, 0, 0, -1], dtype=torch.float64)
+
+
+def random(count: int, temperature: float = 1.0, ties: float = 0.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences, and labels that follow sigmoid(D / temperature)."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.randn(count, generator=generator, dtype=torch.float64)
+    chance, tied = (torch.rand(count, generator=generator, dtype=torch.float64) for _ in range(2))
+    y = torch.where(chance < torch.sigmoid(d / temperature), 1.0, -1.0)
+    return d, torch.where(tied < ties, 0.0, y)
+
+
+def test_accuracies_by_hand() -> None:
+    assert float(accuracy(D, Y)) == pytest.approx(2.5 / 5)
+    assert float(accuracy(D, Y, tie=0.0)) == pytest.approx(2 / 5)
+    assert float(with_ties(D, Y)) == pytest.approx(2 / 7)
+    assert float(with_ties(D, Y, threshold=0.1)) == pytest.approx(4 / 7)
+    best, threshold = calibrated(D, Y)
+    assert (float(best), float(threshold)) == pytest.approx((4 / 7, 0.1))
+    assert accuracy(D[4:6], Y[4:6]).isnan()
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_best_threshold_is_the_best_of_all(rounded: bool) -> None:
+    for seed in range(20):
+        d, y = random(50, 0.5, 0.4, seed)
+        d = (3 * d).round() if rounded else d  # many are equal, some are 0
+        best, threshold = calibrated(d, y)
+        every = [float(with_ties(d, y, threshold=t)) for t in [0.0, *d.abs().tolist()]]
+        assert float(best) == pytest.approx(max(every))
+        assert float(with_ties(d, y, threshold=float(threshold))) == pytest.approx(max(every))
+
+
+def test_weights_are_repetitions() -> None:
+    d, y = random(30, 0.5, 0.3)
+    counts = torch.randint(0, 4, (5, 30), generator=torch.Generator().manual_seed(1))
+    for rule in (accuracy, with_ties, lambda *given: calibrated(*given)[0]):
+        weighted = rule(d, y, counts)
+        for row, value in zip(counts, weighted, strict=True):
+            repeated = rule(d.repeat_interleave(row), y.repeat_interleave(row))
+            assert float(value) == pytest.approx(float(repeated[0]))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 20.0])
+def test_the_temperature_that_made_the_labels_is_found(temperature: float) -> None:
+    d, y = random(40000, 1.0)
+    assert fit_temperature(temperature * d, y) == pytest.approx(temperature, rel=0.04)
+
+
+def test_the_temperature_is_where_the_loss_is_least() -> None:
+    d, y = random(300, 0.7, 0.2)
+    best = fit_temperature(d, y)
+    least = log_loss(d, y, best)
+    assert all(log_loss(d, y, best * f) > least for f in (0.5, 0.98, 1.02, 2.0))
+    assert least < math.log(2) == pytest.approx(log_loss(d, y, math.inf))
+
+
+def test_ends_of_the_temperature() -> None:
+    d, _ = random(50)
+    assert fit_temperature(d, d.sign()) == 0.0
+    assert fit_temperature(d, -d.sign()) == math.inf
+    assert fit_temperature(0 * d, d.sign()) == math.inf
+
+
+def test_a_calibrated_reward_has_no_calibration_error_and_a_sure_one_has() -> None:
+    d, y = random(40000)
+    assert calibration_error(d, y, 1.0) < 0.01
+    right = float(accuracy(d, y))
+    assert calibration_error(d, y, 1e-6) == pytest.approx(1 - right, abs=0.02)  # always sure
+    assert calibration_error(d, y, math.inf) == pytest.approx(right - 0.5, abs=1e-9)  # never sure
+    confidence, right, count = reliability(d, y, 1.0)
+    assert count.tolist() == [4000] * 10 and (confidence.diff() > 0).all()
+    torch.testing.assert_close(confidence, right, atol=0.03, rtol=0)
