@@ -172,13 +172,13 @@ class CycleReward(ImageReward):
     Range: unbounded; compare within one prompt
     Size: 224, the shorter side fitted and the centre cut
     Gradient: unless `quantize` is "hard"
-    Weights: CycleReward-Combo.pth, -T2I.pth and -I2T.pth of github.com/hjbahng/cyclereward, release v1.0.0
-    Licence: MIT (code)
+    Weights: NagaSaiAbhinay/CycleReward-Combo, -T2I, -I2T, converted from github.com/hjbahng/cyclereward, release v1.0.0
+    Licence: MIT (code and weights)
 
     Trained on cycle consistency instead of people, for long and detailed prompts: it reads 128 tokens.
 
     Args:
-        weights: one of the released files, or owner/name/file on the hub.
+        weights: one of the released files (CycleReward-Combo.pth and others), or owner/name/file on the hub.
         tokenizer: folder or hub id of BERT's uncased tokenizer.
         dtype: type the networks run in; the head and the score are always float32.
         quantize: 8-bit rounding of the pixels; see `ImageReward`.
@@ -190,7 +190,7 @@ class CycleReward(ImageReward):
 
     def __init__(
         self,
-        weights: str,
+        weights: str = "NagaSaiAbhinay/CycleReward-Combo/model.safetensors",
         tokenizer: str = "google-bert/bert-base-uncased",
         *,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",

@@ -14,6 +14,7 @@ from rewards.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocess,
+    budget_size,
     resample,
     sharing,
     smart_size,
@@ -139,6 +140,20 @@ def test_expand2square_fills_with_the_mean_and_keeps_the_aspect() -> None:
 )
 def test_smart_size_table(shape, expected) -> None:
     assert smart_size(*shape, 28, 3136, 200704) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((512, 512), (256, 256)), ((480, 832), (192, 336)), ((100, 300), (144, 432)), ((1, 900), (16, 4096))],
+)
+def test_budget_size_is_that_of_siglip_2(shape, expected) -> None:
+    from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
+
+    assert budget_size(*shape, 16, 256 * 16**2) == expected
+    for height, width in ((7, 23), (333, 1000), (shape[1], shape[0])):
+        for patch, count in ((8, 12), (14, 576), (16, 1)):
+            theirs = get_image_size_for_max_num_patches(height, width, patch, count)
+            assert budget_size(height, width, patch, count * patch**2) == theirs
 
 
 def test_smart_size_with_the_larger_budget_and_its_limit() -> None:
