@@ -42,7 +42,7 @@ def chats(processor: Any) -> list[str]:
 @pytest.mark.parametrize("resized", [False, True])
 @pytest.mark.parametrize("kind", QWENS)
 def test_input_is_that_of_the_processor(vlm_folders: dict[str, Path], kind: str, resized: bool) -> None:
-    """Text exactly; pixels exactly where nothing is resized, else but for a level of 8 bits in few places (each pass may add one)."""
+    """Text exactly; pixels exactly where nothing is resized, else but for a level of 8 bits here and there, one a pass."""
     factor = 32 if kind == "qwen3_vl" else 28
     height, width = (50, 71) if resized else (2 * factor, 3 * factor)
     processor, _ = load(vlm_folders[kind])
