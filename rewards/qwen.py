@@ -263,7 +263,8 @@ def render(processor: Any, content: Sequence[Mapping[str, str]], system: str = "
     """
     chat = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     chat.append({"role": "user", "content": list(content)})
-    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    thinks = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **thinks)
     if text.rstrip().endswith("<think>"):
         text = text.rstrip() + "\n\n</think>\n\n"
     return text + start
