@@ -31,6 +31,8 @@ def describe(component: Any) -> Any:
         return [describe(v) for v in component]
     if isinstance(component, (Path, torch.dtype, torch.device)):
         return str(component).replace("torch.", "")
+    if inspect.isroutine(component):
+        return f"{component.__module__}.{component.__qualname__}"  # what rewards of functions take in their place
     kind = type(component)
     path = f"{kind.__module__}.{kind.__qualname__}"
     if dataclasses.is_dataclass(component):

@@ -189,14 +189,20 @@ def benchmark(correct: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
     """GenEval's table: the share of correct images by tag, and "overall", the mean of those (not of the images).
 
     Args:
-        correct: (B,) the part `correct` of the scores.
+        correct: (B,) the part `correct` of the scores; NaN is left out.
         prompts: one an image, with its tag in `meta`.
+
+    Raises:
+        ValueError: a prompt has no tag, or there are more or fewer than images.
     """
-    tags = [prompt.meta["tag"] for prompt in prompts]
-    if len(tags) != len(correct):
-        raise ValueError(f"benchmark needs one prompt an image; got {len(tags)} for {len(correct)}")
+    tags = [prompt.meta.get("tag") for prompt in prompts]
+    if len(tags) != len(correct) or None in tags:
+        raise ValueError(
+            f"benchmark needs one prompt an image, each with its tag; got {len(tags)} for {len(correct)}, "
+            f"{tags.count(None)} without"
+        )
     rows = {tag: [i for i, t in enumerate(tags) if t == tag] for tag in dict.fromkeys(tags)}
-    table = {tag: correct[mine].double().nanmean().item() for tag, mine in rows.items()}
+    table = {str(tag): correct[mine].double().nanmean().item() for tag, mine in rows.items()}
     return {**table, "overall": sum(table.values()) / len(table)}
 
 
@@ -241,15 +247,15 @@ def instances(probability: Tensor, masks: Tensor, whole: Callable[[Tensor], Tens
     """
     query, label = (probability > THRESHOLD).nonzero(as_tuple=True)  # none below can reach it
     sure, best = probability[query, label].sort(descending=True)
-    found = []
-    for p, q, c in zip(*(values.tolist() for values in (sure, query[best], label[best])), strict=True):
+    found, columns = [], (values[:CANDIDATES].tolist() for values in (sure, query[best], label[best]))
+    for p, q, c in zip(*columns, strict=True):
         logits = whole(masks[q])
         mask = (logits > 0).cpu()
-        if len(found) == CANDIDATES or not bool(mask.any()):
+        if not bool(mask.any()):
             continue
         score = p * logits.sigmoid().cpu()[mask].mean().item()
-        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        y, x = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+        box = (int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1)
         found.append(Found(CLASSES[c], score, box, mask))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from align.description import build, build_policy, describe, describe_policy, di
 from align.objectives import Objective
 from align.parsing import COMPONENTS, concrete
 from align.sources import Rollouts
-from rewards import Brightness, JPEGSize, Prompt, Reward, Weighted
+from rewards import Brightness, FromCallable, JPEGSize, Prompt, Reward, Weighted
 from samplers import DDIM, Kernel
 from samplers.families.gaussian import GaussianPolicy
 from tests.align.runs import CASES
@@ -78,6 +79,11 @@ def test_loaded_policies(tiny_folder):
     description = describe_policy(load_policy(tiny_folder, device="cpu", dtype="bfloat16"))
     assert description == {"model": str(tiny_folder), "adapter": None, "dtype": "bfloat16", "device": "cpu"}
     assert build_policy(description).dtype == torch.bfloat16
+
+
+def test_functions_are_described_by_where_they_are():
+    assert_round_trip(FromCallable(math.fsum))
+    assert describe(FromCallable(math.fsum)) == describe(FromCallable("math.fsum")) != describe(FromCallable(math.sin))
 
 
 def test_differences_are_named_to_the_leaf():

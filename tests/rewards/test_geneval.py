@@ -119,8 +119,9 @@ def test_overall_is_the_mean_over_tags() -> None:
     prompts = [Prompt("p", meta={"tag": tag}) for tag in ("colors", "colors", "colors", "counting")]
     table = benchmark(torch.tensor([1.0, 1.0, 0.0, 0.0]), prompts)
     assert table == pytest.approx({"colors": 2 / 3, "counting": 0, "overall": 1 / 3})
-    with pytest.raises(ValueError, match="one prompt an image"):
-        benchmark(torch.ones(3), prompts)
+    for wrong in (prompts[:3], [*prompts[:3], Prompt("p")]):
+        with pytest.raises(ValueError, match="one prompt an image, each with its tag"):
+            benchmark(torch.ones(4), wrong)
 
 
 def test_the_detector_finds_what_transformers_finds(detector: str) -> None:
