@@ -118,6 +118,8 @@ class ServedJudge(Judge):
         if len(set(spellings)) < len(spellings) or not all(spellings) or not all(choices):
             raise ValueError(f"each choice needs spellings of its own; got {choices}")
         if self.probabilities == "systemone":
+            if len(choices) < 2:
+                raise ValueError(f'"systemone" compares choices, so it needs two; got {choices}: use "logprobs"')
             path, bodies = "/systemone", [self.typed(ask, choices) for ask in asks]
             rows = self.answers(path, bodies, lambda reply: typed_odds(reply, choices))
         else:

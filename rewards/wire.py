@@ -97,7 +97,7 @@ def listed_odds(reply: Any, choices: Sequence[Sequence[str]]) -> list[float]:
     found = [sum(mass[token] for token in belonging(i, choices, mass)) for i in range(len(choices))]
     if not any(found):
         raise Unanswered(f"none of {[choice[0] for choice in choices]} is among the likely answers {list(listed)[:8]}")
-    smallest = min(mass.values())
+    smallest = min((value for value in mass.values() if value), default=0.0)  # -9999 is vLLM's nothing
     most = min(smallest, left) if left > 0 else smallest
     return [math.log(value or most) if value or most else -math.inf for value in found]
 

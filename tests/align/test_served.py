@@ -7,7 +7,7 @@ import json
 import pytest
 
 from align.cli import main
-from tests.rewards.faulty import Faulty, brightness, said
+from tests.rewards.faulty import Faulty, brightness, listing, said
 
 
 def steered(server: Faulty, out, *options: str) -> dict:
@@ -24,6 +24,36 @@ def test_a_served_judge_steers(tmp_path):
         asked = len(server.bodies)
     assert asked >= 4 and all(sample["scores"]["Written"] is not None for sample in result["samples"])
     assert "ServedJudge" in json.dumps(result["config"])
+
+
+def test_yes_and_no_steer(tmp_path):
+    """The share of Yes is how bright the picture is."""
+
+    def plan(body: dict, _: int) -> dict:
+        (bright,) = brightness(body)
+        return listing({"Yes": 0.9 * bright + 0.05, "No": 0.95 - 0.9 * bright})
+
+    with Faulty(plan) as server:
+        judge = ["--reward", "YesNo", "--reward.judge", "ServedJudge", "--reward.judge.url", server.url]
+        command = [
+            "steer",
+            "a red circle",
+            *judge,
+            "--steps",
+            "3",
+            "--particles",
+            "3",
+            "--plain",
+            "false",
+            "--device",
+            "cpu",
+        ]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        asked = server.bodies[0]["messages"][-1]["content"][-1]["text"]
+    scores = [
+        sample["scores"]["YesNo"] for sample in json.loads((tmp_path / "out" / "result.json").read_text())["samples"]
+    ]
+    assert "a red circle" in asked and all(0.05 < score < 0.95 for score in scores)
 
 
 def test_failures_do_not_stop_it(tmp_path):

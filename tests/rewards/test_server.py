@@ -379,6 +379,30 @@ class TestTransformersServe:
         for ask in (Ask("Is it?", start="It"), Ask("Is it?", (torch.rand(5, 3, 28, 28),))):
             with pytest.raises(ValueError, match='use "logprobs"'):
                 served.odds([ask], YES_NO)
+        with pytest.raises(ValueError, match="compares choices"):
+            rewards.VQAScore(served)(tiny.natural(1, 28, 28), ["a cat"])
+
+    def test_a_local_judge_says_the_same(self, real, qwen):
+        """What it says in words, and how probable Yes is where it is asked as the server asks."""
+        local = rewards.LocalJudge(str(qwen), dtype="float32", quantize="hard")
+        served = rewards.ServedJudge(real, str(qwen), probabilities="systemone")
+        shown = [tiny.natural(1, 56, 70, seed=s)[0] for s in range(3)]
+        asks = [Ask("what is this?", (image,)) for image in shown]
+        assert served.write(asks, max_tokens=6) == [text.strip() for text in local.write(asks, max_tokens=6)]
+        worded = [Ask("\n\nIs it a cat?\nAnswer Yes or No only.", (image,)) for image in shown]
+        here = local.odds(worded, [["Yes"], ["No"]]).log_softmax(-1)
+        there = served.odds([Ask("Is it a cat?", (image,)) for image in shown], YES_NO)
+        torch.testing.assert_close(there, here, rtol=0, atol=2e-3)  # one resizes levels, the other numbers
+
+    def test_yes_no_by_a_served_judge(self, real, qwen):
+        served = rewards.ServedJudge(real, str(qwen), probabilities="systemone")
+        media = tiny.natural(3, 56, 70)
+        scores = rewards.YesNo(served, "Does it show {prompt}?")(media, ["a cat", "a dog", "a red bird"])
+        odds = served.odds(
+            [Ask(f"Does it show {p}?", (m,)) for m, p in zip(media, ("a cat", "a dog", "a red bird"), strict=True)],
+            YES_NO,
+        )
+        torch.testing.assert_close(scores, odds[:, 0].exp())
 
 
 def test_typed_probabilities_beyond_float32_stay_finite():
