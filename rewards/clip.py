@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dual import DType, DualEncoder, Variant
-from .loading import expand, fill, find, loading, pretrained, pretrained_tokenizer, read_weights, warn_if_cut
+from .loading import expand, fill, find, loading, pretrained, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
 from .preprocess import Quantize, pretrained_preprocess
 
 __all__ = ["CLIPScore", "PickScore"]
@@ -131,7 +131,7 @@ def refilled(model: str, weights: str) -> Any:
     """The network that a folder describes, with the weights of a file, which may all stand behind the prefix `model.`."""
     from transformers import AutoConfig, AutoModel
 
-    with loading(model, "config.json"):
+    with loading(model, "config.json"), unfilled():
         network = AutoModel.from_config(AutoConfig.from_pretrained(expand(model)))
     with loading(weights, "a file of weights, or owner/name/file of one on the hub"):
         found = read_weights(find(weights))

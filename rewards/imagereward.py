@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Prompt, Reward
-from .loading import fill, find, loading, pretrained_tokenizer, read_weights, warn_if_cut
+from .loading import fill, find, loading, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
 from .preprocess import Preprocess, Quantize
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class ImageReward(Reward):
         if lacks:
             wanted, holds = ", ".join(f"{old}*" for old in list(RENAMED)[:3]), ", ".join(list(found)[:4])
             raise ValueError(f"{self.name} needs the keys {wanted}; {weights} holds {holds}...")
-        self.vision, self.text = vision_model(found), text_model(found)
+        with unfilled():
+            self.vision, self.text = vision_model(found), text_model(found)
         self.head = perceptron(found, self.activation)
         fill(self, found, weights, UNREAD)
         vocab = self.text.config.vocab_size

@@ -30,6 +30,7 @@ __all__ = [
     "pretrained_tokenizer",
     "read_model",
     "read_weights",
+    "unfilled",
     "warn_if_cut",
 ]
 
@@ -190,6 +191,15 @@ def imported(path: str) -> Any:
         raise ValueError(f"cannot import {path!r}: {error}; give it as package.module.name") from error
     finally:
         sys.path.pop()
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Within, networks of transformers draw no weights, which would take seconds, as `fill` gives them theirs."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
 
 
 def warn_if_cut(reader: str, text: str, tokens: int, limit: int) -> None:

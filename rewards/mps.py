@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Prompt, Reward
-from .loading import expand, fill, find, loading, pretrained_tokenizer, read_weights, warn_if_cut
+from .loading import expand, fill, find, loading, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
 from .preprocess import Quantize, pretrained_preprocess
 
 __all__ = ["MPS"]
@@ -87,7 +87,7 @@ class MPS(Reward):
 
         self.threshold, self.condition = threshold, condition
         self.tokenizer: Any = pretrained_tokenizer(model)
-        with loading(model, "config.json"):
+        with loading(model, "config.json"), unfilled():
             self.clip = CLIPModel(CLIPConfig.from_pretrained(expand(model)))
         with loading(weights, "the state dict of an MPS, or owner/name/file of one on the hub"):
             found = renamed(read_weights(find(weights)))
