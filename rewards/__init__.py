@@ -21,6 +21,7 @@ from .motion import DynamicDegree, FrameDifference, TemporalFlickering
 from .mps import MPS
 from .ocr import OCRAccuracy
 from .openclip import HPSv2, OpenCLIPScore, SocialReward
+from .placed import Placed
 from .preprocess import Preprocess
 from .safety import Safety, SafetyChecker
 from .segments import Sampled, Segmental
@@ -29,6 +30,7 @@ from .shapes import Shapes
 from .simple import Brightness, Colour, JPEGSize, Sharpness, SmoothJPEGSize
 from .transforms import Clipped, Delta, LogSigmoid, Standardised
 from .video import VideoReward
+from .videoscore import VideoScore
 from .vlm import QAlign, Rating, VQAScore, YesNo
 from .winrate import WinRate
 from .written import UnifiedReward, Written
@@ -75,6 +77,7 @@ __all__ = [
     "OCRAccuracy",
     "OpenCLIPScore",
     "PickScore",
+    "Placed",
     "Preprocess",
     "Product",
     "Prompt",
@@ -98,6 +101,7 @@ __all__ = [
     "UnifiedReward",
     "VQAScore",
     "VideoReward",
+    "VideoScore",
     "Weighted",
     "WinRate",
     "Written",
