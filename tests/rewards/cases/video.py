@@ -22,10 +22,18 @@ def video_reward(request: pytest.FixtureRequest) -> Reward:
     return reward
 
 
+def videoscore(request: pytest.FixtureRequest) -> Reward:
+    folder = tiny_video.save_videoscore_idefics(request.getfixturevalue("tmp_path") / "model")
+    reward = rewards.VideoScore(str(folder), dtype="float32")
+    reward.question = "quality of the video {prompt} "
+    return reward
+
+
 def clips() -> torch.Tensor:
     return (0.1 + 0.8 * tiny.natural(16, 84, 88)).unflatten(0, (4, 4))
 
 
 CASES: dict[str, Case] = {
     "VideoReward": Case(video_reward, media=clips, tolerance=1e-4, size=2.0),
+    "VideoScore": Case(videoscore, media=clips, tolerance=1e-4, size=2.0, rounding=0.5),
 }
