@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Prompt, Reward, Scores
+from .preprocess import sharing
 
 __all__ = ["Adaptive", "Composite", "Rewards", "Wrapper", "named", "numbers"]
 
@@ -54,7 +55,8 @@ class Composite(Reward):
     def scored(self, media: Tensor, prompts: list[Prompt]) -> dict[str, Scores]:
         """What each child says, by its label."""
         pairs = zip(self.labels, self.rewards, strict=True)
-        return {label: child.score(media, prompts) for label, child in pairs}  # pyright: ignore[reportCallIssue]
+        with sharing():
+            return {label: child.score(media, prompts) for label, child in pairs}  # pyright: ignore[reportCallIssue]
 
     def totals(self, media: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
         """The totals alone."""

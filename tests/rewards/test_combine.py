@@ -6,15 +6,18 @@ import torch
 from rewards import (
     Batched,
     Brightness,
+    CLIPScore,
     Colour,
     Framewise,
     JPEGSize,
+    PickScore,
     Product,
     Reward,
     Scores,
     Sharpness,
     Weighted,
 )
+from rewards.preprocess import Preprocess
 from tests.rewards.tiny import natural
 
 
@@ -228,3 +231,14 @@ def test_command_line_builds_nested_combinations() -> None:
     reward = instantiate(parser.parse_object({"reward": lifted})).reward
     direct = Framewise(Weighted([Brightness(), Colour([0.0, 0.5, 1.0])], [1.0, 0.5]), "min")
     torch.testing.assert_close(reward(VIDEO), direct(VIDEO))
+
+
+def test_parts_that_read_media_alike_prepare_them_once(clip_folder, monkeypatch) -> None:
+    made = []
+    prepared = Preprocess.prepared
+    monkeypatch.setattr(Preprocess, "prepared", lambda self, x: made.append(self) or prepared(self, x))
+    both = Weighted([CLIPScore(clip_folder), PickScore(clip_folder, clip_folder)])
+    media = natural(2, 40, 40)
+    scores = both.score(media, ["a red cat", "two dog"])
+    assert len(made) == 1
+    torch.testing.assert_close(scores.total, 2 * scores.parts["PickScore"])
