@@ -35,10 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["CycleReward", "ImageReward", "IterComp"]
 
 HEAD_WIDTH = 64
-MEAN, STD = (
-    0.16717362830052426,
-    1.0333394966054072,
-)  # of the head's output over ImageReward's training set; its released code
+# of the head's output over ImageReward's training set; its released code
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
 REMEMBERED = 4096  # prompts; their tokens take 0.5 kB each
 RENAMED = {  # in this order
     "blip.visual_encoder.": "vision.",
@@ -98,13 +96,15 @@ class ImageReward(Reward):
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's, the last of its vocabulary
         with loading(weights, "a file in the layout of ImageReward.pt, or owner/name/file of one on the hub"):
             found = renamed(read_weights(find(weights)))
-        lacks = [new for new in ("vision.", "text.", "head.") if not any(key.startswith(new) for key in found)]
-        if lacks:
+        try:
+            with unfilled():
+                self.vision, self.text = vision_model(found), text_model(found)
+            self.head = perceptron(found, self.activation)
+        except KeyError as missing:
             wanted, holds = ", ".join(f"{old}*" for old in list(RENAMED)[:3]), ", ".join(list(found)[:4])
-            raise ValueError(f"{self.name} needs the keys {wanted}; {weights} holds {holds}...")
-        with unfilled():
-            self.vision, self.text = vision_model(found), text_model(found)
-        self.head = perceptron(found, self.activation)
+            raise ValueError(
+                f"{self.name} needs the keys {wanted}; {weights} lacks {missing} and holds {holds}..."
+            ) from missing
         fill(self, found, weights, UNREAD)
         vocab = self.text.config.vocab_size
         if len(self.tokenizer) > vocab:
@@ -254,10 +254,17 @@ def text_model(weights: Mapping[str, Tensor]) -> BlipTextModel:
 
 def perceptron(weights: Mapping[str, Tensor], activation: type[nn.Module]) -> nn.Sequential:
     """An empty head of the size of the weights. Numbers that hold none are activations, or dropouts at rest."""
-    shapes = {i: weights.get(f"head.{i}.weight") for i in range(depth(weights, "head."))}
-    return nn.Sequential(*(activation() if w is None else nn.Linear(w.shape[1], len(w)) for w in shapes.values()))
+    found = {i: weights.get(f"head.{i}.weight") for i in range(depth(weights, "head."))}
+    return nn.Sequential(*(activation() if w is None else nn.Linear(w.shape[1], len(w)) for w in found.values()))
 
 
 def depth(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """One more than the largest number behind a prefix."""
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))
+    """One more than the largest number behind a prefix.
+
+    Raises:
+        KeyError: nothing stands behind it.
+    """
+    numbers = [int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix)]
+    if not numbers:
+        raise KeyError(f"{prefix}*")
+    return 1 + max(numbers)

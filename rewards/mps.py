@@ -119,7 +119,7 @@ class MPS(Reward):
                 tokens, ends = self.encode(missing)
                 close = (tokens @ about[0].T).amax(dim=-1)
                 read = close / close.amax(dim=-1, keepdim=True) > self.threshold
-            self.remembered.update((text, (tokens[i], ends[i], read[i])) for i, text in enumerate(missing))
+            self.remembered.update((text, (tokens[i].clone(), ends[i], read[i])) for i, text in enumerate(missing))
         result = [self.remembered[text] for text in texts]
         while len(self.remembered) > REMEMBERED:
             self.remembered.popitem(last=False)

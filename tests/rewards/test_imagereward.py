@@ -138,6 +138,8 @@ def test_what_pretraining_leaves_behind_is_not_read(folder: Path, tmp_path: Path
     [
         ({"blip.text_encoder.pooler.dense.weight": torch.zeros(64, 64)}, r"has unknown text\.pooler\.dense\.weight"),
         ({"blip.visual_encoder.norm.bias": None}, r"lacks vision\.post_layernorm\.bias"),
+        ({f"mlp.layers.{i}.{p}": None for i in (0, 2, 4, 6, 7) for p in ("weight", "bias")}, r"lacks 'head\.\*'"),
+        ({"blip.visual_encoder.pos_embed": None}, r"lacks 'vision\.embeddings\.position_embedding'"),
         ({"mlp.layers.2.bias": torch.zeros(7)}, r"differs in shape at head\.2\.bias \(7,\) for \(128,\)"),
     ],
 )
@@ -149,7 +151,7 @@ def test_a_key_that_does_not_fit_is_named(folder: Path, tmp_path: Path, change, 
 def test_other_files_are_refused(folder: Path, tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.pt")
     with pytest.raises(
-        ValueError, match=r"ImageReward needs the keys blip\.visual_encoder\.\*, .*other\.pt holds weight"
+        ValueError, match=r"ImageReward needs the keys blip\.visual_encoder\.\*, .*other\.pt lacks .* and holds weight"
     ):
         ImageReward(str(tmp_path / "other.pt"), str(folder))
     with pytest.raises(OSError, match=r"cannot load .*absent\.pt"):

@@ -98,6 +98,17 @@ def test_prompts_pass_the_text_tower_once(reward: MPS, monkeypatch: pytest.Monke
     assert list(reward.remembered) == PROMPTS[2:]
 
 
+def test_texts_encoded_in_inference_mode_serve_a_later_gradient(reward: MPS) -> None:
+    reward.remembered.clear()
+    with torch.inference_mode():
+        reward(IMAGES.clone(), PROMPTS)
+    x = IMAGES.clone().requires_grad_()
+    reward(x, PROMPTS).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    reward.remembered.clear()
+
+
 def test_a_low_precision_tower_gives_float32_scores(reward: MPS, file: str, clip_folder: str) -> None:
     low = MPS(file, clip_folder, condition=CONDITION, threshold=0.3, dtype="bfloat16")
     assert low.clip.dtype == torch.bfloat16
