@@ -69,13 +69,14 @@ def judged(
     pairs: int,
     made: Mapping[tuple[str, str], Sequence[str]],
     prefixes: Sequence[str] = PREFIXES,
+    ones: Sequence[str] = ONES,
     flips: float = 0.0,
     seed: int = 0,
 ) -> Path:
     """Writes a file of preferences: `pairs` of each annotator, given with their taste.
 
     Args:
-        prefixes: what prompts begin with.
+        prefixes, ones: what prompts begin with.
         flips: the rate at which an answer is written down wrongly.
     """
     rng, rows = random.Random(seed), []
@@ -86,7 +87,7 @@ def judged(
             images = [rng.choice(made[shape, color]) for color in colors]
             first = rng.random() < probability(taste, *colors)
             first ^= rng.random() < flips
-            prompt = f"{rng.choice(prefixes)}{rng.choice(ONES)} {shape}"
+            prompt = f"{rng.choice(prefixes)}{rng.choice(ones)} {shape}"
             if (prompt, frozenset(images)) in seen:
                 continue
             seen.add((prompt, frozenset(images)))

@@ -51,6 +51,7 @@ def parser() -> Parser:
     options.add_argument(
         "--out", type=Optional[str], help="folder; the next free runs/NNN by default. Cut off, it goes on"
     )
+    options.add_argument("--cache", type=Optional[str], help="folder that keeps what the encoder sees for other runs")
     options.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     options.add_argument("--json", action="store_true", help="print report.json on standard output")
     return options
@@ -73,6 +74,7 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
         config=FitConfig(**{f.name: built[f.name] for f in fields(FitConfig)}),
         heldout=options.heldout,
         gold=built.gold,
+        cache=options.cache,
         progress=True,
         **how,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from rewards import Reward
 from rewards.base import Features
-from rewards.learned import encoded
+from rewards.learned import encoded, probe
 
 from ..media import image_size, load_rgb
 from .data import Sample
@@ -60,23 +61,32 @@ class Live(Encodings):
 def encode(
     encoder: Reward, samples: Sequence[Sample], batch: int = 32, cache: Path | None = None, progress: bool = False
 ) -> Cached:
-    """Encodes all samples, or reads them from `cache` if they are there.
+    """Encodes all samples, or reads them if that was done before.
 
     Args:
-        cache: a file for these samples and this encoder.
+        cache: a folder of encodings, by what was encoded and what the encoder sees in its probe.
     """
-    if cache is not None and cache.is_file():
-        stored = load_file(cache)
+    file = None if cache is None else cache / f"features-{_key(encoder, samples)}.safetensors"
+    if file is not None and file.is_file():
+        stored = load_file(file)
     else:
         with torch.no_grad(), tqdm(total=len(samples), desc="encoding", unit="image", disable=not progress) as bar:
             seen, brightness = _encode(encoder, samples, batch, bar)
         stored = {"joint": seen.joint.cpu(), "prompt": seen.prompt.cpu().contiguous(), "brightness": brightness}
-        if cache is not None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
             partial.write_bytes(save(stored))
-            partial.replace(cache)
+            partial.replace(file)
     return Cached(samples, Features(stored["joint"], stored["prompt"]), stored["brightness"])
+
+
+def _key(encoder: Reward, samples: Sequence[Sample]) -> str:
+    """What determines encodings: equal where every image, every prompt and the encoder are."""
+    total = hashlib.sha256(probe(encoder).numpy().tobytes())
+    for sample in samples:
+        total.update(repr((sample.media.digest, sample.prompt.text)).encode())
+    return total.hexdigest()[:32]
 
 
 def _encode(encoder: Reward, samples: Sequence[Sample], batch: int, bar: tqdm | None) -> tuple[Features, Tensor]:

@@ -35,7 +35,7 @@ from .report import curve, draw, judged
 
 __all__ = ["LearnedReward", "train_reward"]
 
-ASKED, STATE, FEATURES = "asked.json", "fit.pt", "features.safetensors"  # of a run that is not done
+ASKED, STATE, FEATURES = "asked.json", "fit.pt", "features-*.safetensors"  # of a run that is not done
 REPORT, PICTURE = "report.json", "report.png"
 REFERENCE = 4096  # samples that scores are standardised by
 KEPT = 256  # of those, for people who come later
@@ -65,6 +65,7 @@ def train_reward(
     heldout: str | Path | None = None,
     gold: Reward | None = None,
     out: str | Path | None = None,
+    cache: str | Path | None = None,
     columns: Columns | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -80,6 +81,7 @@ def train_reward(
         heldout: preferences to judge by; without them, `config.holdout` of the prompts is held out.
         gold: a reward known to be right, which tells how far the learned one can be trusted as it is optimised.
         out: the folder; the next free runs/NNN by default. If it holds the same run cut off, that goes on.
+        cache: a folder that keeps what the encoder sees for other runs; by default it is kept until the run is done.
         columns: of parquet; see `align/parquet.py`.
         overwrite: replace what is in `out`.
         progress: show bars.
@@ -99,7 +101,7 @@ def train_reward(
     folder = _opened(out, about, overwrite)
     (folder / ASKED).write_text(json.dumps(about))
     encoder, lora = _adapted(encoder, config)
-    learner = _Learner(folder, encoder, head, config, progress)
+    learner = _Learner(folder, folder if cache is None else Path(cache).expanduser(), encoder, head, config, progress)
     encodings = learner.encodings(train, lora is not None)
     people = people_of(head, train, encodings, config.seed)
     adapters = {name: p for name, p in encoder.named_parameters() if "lora_" in name}
@@ -121,8 +123,7 @@ def train_reward(
     write_learned(
         folder, {**about, "lora": lora, "widths": widths, "users": users, **scale}, head, encoder, codes, cached(few)
     )
-    for name in (ASKED, STATE, FEATURES):
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, ASKED, STATE, FEATURES)
     return LearnedReward(folder, report)
 
 
@@ -131,6 +132,7 @@ class _Learner:
     """What the steps of a run share."""
 
     folder: Path
+    cache: Path
     encoder: Reward
     head: Head
     config: FitConfig
@@ -149,7 +151,7 @@ class _Learner:
             seen = encode(self.encoder, [data.samples[i] for i in reference.tolist()], batch, None, self.progress).all
             encodings: Encodings = Live(self.encoder, data.samples, batch)
         else:
-            encodings = encode(self.encoder, data.samples, batch, self.folder / FEATURES, self.progress)
+            encodings = encode(self.encoder, data.samples, batch, self.cache, self.progress)
             seen = encodings(reference)
         self.head.shape(seen.joint.shape[1], seen.prompt.shape[1], self.config.seed).fit_to(seen)
         return encodings
@@ -228,14 +230,18 @@ def _opened(out: str | Path | None, about: Mapping[str, Any], overwrite: bool) -
     """The folder, empty or with the same run cut off."""
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and overwrite:
-        for name in (CONFIG, WEIGHTS, REPORT, PICTURE, ASKED, STATE, FEATURES):
-            (folder / name).unlink(missing_ok=True)
+        _remove(folder, CONFIG, WEIGHTS, REPORT, PICTURE, ASKED, STATE, FEATURES)
     if folder is not None and not (folder / CONFIG).is_file() and (folder / ASKED).is_file():
         before = (folder / ASKED).read_text()
         if before == json.dumps(about):
             return folder
         raise FileExistsError(f"{folder} holds another run that was cut off: choose another --out, or pass --overwrite")
     return prepare_folder(out, overwrite)
+
+
+def _remove(folder: Path, *names: str) -> None:
+    for path in [path for name in names for path in folder.glob(name)]:
+        path.unlink()
 
 
 def _adapted(encoder: Reward, config: FitConfig) -> tuple[Reward, dict[str, Any] | None]:
