@@ -15,7 +15,7 @@ from rewards import CLIPScore, OpenCLIPScore, PickScore
 from rewards.clip import patches, pooled, reads_lowercase
 from rewards.dual import projected, unit
 from rewards.preprocess import from_image_processor
-from tests.rewards import tiny
+from tests.rewards import tiny, tiny_encoders
 
 PROMPTS = ["a red cat", "two dog on the house", "the blue bird", "photo of a car"]
 IMAGES = tiny.natural(4, 50, 61)
@@ -358,6 +358,16 @@ def test_image_processors_that_no_policy_matches_are_refused(clip_folder: str, c
     assert from_image_processor(config, "none").size == 32
     with pytest.raises(ValueError, match="not understood"):
         from_image_processor({**config, **change}, "none")
+
+
+def test_pickscores_are_those_of_the_released_code(clip_folder: str, tmp_path: Path) -> None:
+    """Goldens: `calc_probs` of yuvalkirstain/PickScore at f79607f, one image and prompt at a time, given these weights, 8-bit
+    images and token ids; transformers 4.36.2."""
+    folder = copied(clip_folder, tmp_path)
+    tiny_encoders.redraw(folder / "model.safetensors")
+    images = (255 * tiny.natural(4, 36, 36)).round() / 255  # no resize, so that only the networks are compared
+    expected = torch.tensor([-18.39780045, 15.55841541, 7.29717255, 26.02651596])
+    torch.testing.assert_close(PickScore(str(folder), str(folder))(images, PROMPTS), expected, rtol=0, atol=1e-4)
 
 
 def test_pickscore_is_the_logit_with_another_processor(clip_folder: str) -> None:
