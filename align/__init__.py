@@ -36,10 +36,11 @@ from .sources import Prompts, Rollouts, Source
 from .steering import row_seed, steer
 from .trainer import Trainer
 from .training import train
+from .verdicts import Verdicts, eval_reward
 
 __all__ = [
     "Batch", "Captions", "Comparison", "Likes", "Lora", "Memory", "Noised", "Objective", "Paths", "Preferences", "Prompts",
-    "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered", "Steps", "TrainConfig", "TrainResult", "Trainer",
-    "append_feedback", "best_of_n", "compare_rewards", "load_policy", "read_feedback", "row_seed", "sample_pairs", "score",
-    "score_rows", "score_set", "steer", "train", "validate", "write_feedback",
+    "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered", "Steps", "TrainConfig", "TrainResult", "Trainer", "Verdicts",
+    "append_feedback", "best_of_n", "compare_rewards", "eval_reward", "load_policy", "read_feedback", "row_seed", "sample_pairs",
+    "score", "score_rows", "score_set", "steer", "train", "validate", "write_feedback",
 ]  # fmt: skip

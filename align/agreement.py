@@ -99,12 +99,14 @@ def log_loss(difference: Tensor, label: Tensor, temperature: float) -> float:
 
 
 def reliability(difference: Tensor, label: Tensor, temperature: float, bins: int = 10) -> tuple[Tensor, Tensor, Tensor]:
-    """Of pairs with a preference, in bins of equally many by |D|: mean confidence, accuracy and count, (bins,) each."""
+    """Of pairs with a preference, in at most `bins` bins of equally many by |D|: mean confidence, accuracy and count."""
     kept = label != 0
     difference, label = difference[kept], label[kept]
+    if not len(difference):
+        return difference, difference, torch.zeros(0, dtype=torch.long)
     logit = _logit(difference.abs(), temperature)
     right = torch.where(difference == 0, 0.5, (difference.sign() == label).double())
-    parts = logit.argsort(stable=True).tensor_split(min(bins, max(1, len(logit))))
+    parts = logit.argsort(stable=True).tensor_split(min(bins, len(logit)))
     confidence = torch.stack([torch.sigmoid(logit[p]).mean() for p in parts])
     return confidence, torch.stack([right[p].mean() for p in parts]), torch.tensor([len(p) for p in parts])
 

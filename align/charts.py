@@ -12,10 +12,12 @@ from torch import Tensor
 from .comparing import Comparison
 from .curves import STYLE
 from .pictures import INK, INKS, LINE, SOFT, clipped, font
+from .verdicts import MEASURES, Verdicts
 
-__all__ = ["draw_comparison"]
+__all__ = ["draw_comparison", "draw_verdicts"]
 
 LABEL = 150  # pixels of a reward's name
+SHADES = ("#0072B2", "#56B4E9", "#C04E00", "#B8860B")  # of the measures
 
 
 @contextmanager
@@ -86,6 +88,70 @@ def _samples(axis: Any, found: Comparison) -> None:
     axis.set_title("Samples, relative to those of their prompt")
     axis.set_xlabel(f"{clipped(found.names[0], font(9), 220)}, standard deviations")
     axis.set_ylabel(clipped(found.names[1], font(9), 220))
+
+
+def draw_verdicts(path: Path, found: Verdicts) -> None:
+    """Accuracy by group with intervals, and accuracy against confidence."""
+    whole = found.values["micro"]
+    below = (
+        f"{whole['pairs']} pairs, {whole['ties']} of them ties"
+        + (f", {found.unjudged} more could not be judged" if found.unjudged else "")
+        + ". Bars: 95% bootstrap intervals over prompts. Ties are foretold "
+        + f"up to |D| = {found.threshold:g} (with ties) or {found.best_threshold:.3g} (calibrated)."
+    )
+    height = max(4.6, 1.6 + 0.42 * len(found.values))
+    with page(path, f"How well {found.reward} agrees with preferences", below, (10.4, height), 2) as axes:
+        _by_group(axes[0], found)
+        _confidence(axes[1], found)
+
+
+def _by_group(axis: Any, found: Verdicts) -> None:
+    names = list(found.values)[::-1]
+    axis.set_title("Accuracy")
+    for k, measure in enumerate(MEASURES):
+        at = [i + 0.18 * (1.5 - k) for i in range(len(names))]
+        values = [found.values[name][measure] for name in names]
+        ends = [found.intervals.get(name, {}).get(measure, (v, v)) for name, v in zip(names, values, strict=True)]
+        bars = [[max(0.0, v - e[0]) for v, e in zip(values, ends, strict=True)]]
+        bars += [[max(0.0, e[1] - v) for v, e in zip(values, ends, strict=True)]]
+        axis.errorbar(
+            values,
+            at,
+            xerr=bars,
+            fmt="o",
+            color=SHADES[k],
+            markersize=4.5,
+            linewidth=1.2,
+            label=measure.replace("_", " "),
+        )
+    axis.axvline(0.5, color=SOFT, linewidth=0.8, zorder=1)
+    axis.set_yticks(range(len(names)), [clipped(name, font(9), LABEL) for name in names])
+    axis.set_ylim(-0.6, len(names) - 0.4)
+    axis.tick_params(length=0)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, handlelength=1.0, columnspacing=1.2)
+
+
+def _confidence(axis: Any, found: Verdicts) -> None:
+    confidence, right, count = found.reliability
+    axis.set_title("Accuracy against confidence")
+    axis.plot([0.5, 1], [0.5, 1], color=LINE, linewidth=1.2, zorder=1)
+    if len(count):
+        error = (right * (1 - right) / count).sqrt()
+        axis.errorbar(
+            confidence.tolist(),
+            right.tolist(),
+            yerr=error.tolist(),
+            fmt="o-",
+            color=INKS["optimised"],
+            markersize=4.5,
+            linewidth=1.4,
+        )
+    told = f"T = {found.temperature:.3g}, expected calibration error {found.ece:.3f}, {found.nll:.3f} nats a pair"
+    axis.text(0.98, 0.03, told.replace("nan", "–"), transform=axis.transAxes, ha="right", color=SOFT, fontsize=8.5)
+    axis.set_xlabel("confidence, sigmoid(|D| / T); bars are one standard error")
+    axis.set_ylabel("accuracy")
+    axis.set_xlim(0.48, 1.02)
+    axis.set_ylim(min(0.45, *(right - 0.05).tolist()) if len(count) else 0.45, 1.03)
 
 
 def _number(value: Tensor) -> str:

@@ -100,9 +100,13 @@ def compare_rewards(
         resamples, seed: of the bootstrap.
 
     Raises:
-        ValueError: fewer than two rewards, or no prompt with two samples that all could judge.
+        ValueError: fewer than two rewards, one that compares samples itself, or no prompt with two samples that all could judge.
     """
     panel = panel_of(list(rewards), None)
+    if ranking := [name for name, reward in panel.items() if reward.compares]:
+        raise ValueError(
+            f"{', '.join(ranking)} must see all samples of a prompt at once: score a folder by kilter score, and compare the tables"
+        )
     scores = {name: score(reward, media, prompts, batch=batch).total for name, reward in panel.items()}
     texts = [p.text for p in as_prompts(prompts)]
     count = len(next(iter(scores.values()), ()))

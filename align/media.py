@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["Media", "as_rgb", "fitted", "image_size", "latent_shapes", "load_latents", "load_rgb"]
+__all__ = ["Media", "as_rgb", "fitted", "image_size", "latent_shapes", "load_latents", "load_rgb", "load_video"]
 
 MOST_PIXELS = 100_000_000
 EXACT = {"RGB", "RGBA", "L", "LA", "P", "PA", "1"}  # modes that RGB over white represents exactly
@@ -113,6 +113,47 @@ def as_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def load_video(media: Media, frames: int) -> Tensor:
+    """(F, 3, H, W) in [0, 1]: at most `frames` frames, spread evenly; a picture is a video of one.
+
+    Raises:
+        ValueError: it cannot be read.
+        ImportError: it is a file that Pillow does not read, and the extra `video` is missing.
+    """
+    from torchvision.transforms.functional import pil_to_tensor
+
+    data = media.data()
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            kept = _spread(getattr(file, "n_frames", 1), frames)
+            shown = []
+            for i in kept:
+                file.seek(i)
+                shown.append(pil_to_tensor(file.convert("RGB")))
+        return torch.stack(shown).float() / 255
+    except UNREADABLE:
+        pass
+    try:
+        import av  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(f"{media.name} needs a reader of videos: pip install 'kilter[video]'") from error
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise ValueError(f"{media.name} is not a video that can be read: {error}") from error
+    if not decoded:
+        raise ValueError(f"{media.name} has no frames")
+    kept = [torch.from_numpy(decoded[i]) for i in _spread(len(decoded), frames)]
+    return torch.stack(kept).permute(0, 3, 1, 2).float() / 255
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many numbers below `count`, evenly from the first to the last."""
+    kept = min(count, most)
+    return [round(i * (count - 1) / max(1, kept - 1)) for i in range(kept)]
 
 
 def fitted(image: Image.Image, size: tuple[int, ...]) -> Tensor:

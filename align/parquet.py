@@ -21,7 +21,7 @@ may be far larger than memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .loading import HUB_ID
 from .media import Media
 from .rows import Kind, nearest
 
-__all__ = ["read_rows"]
+__all__ = ["Cells", "read_rows"]
 
 Names = str | Sequence[str]
 DEFAULTS: Mapping[str, tuple[Names, ...]] = {
@@ -85,22 +85,59 @@ def read_rows(
         yield i + 1, _row({field: _pick(row, names) for field, names in found.items()}, kind)
 
 
+class Cells:
+    """A table whose columns are told apart by their meaning elsewhere: its rows without media, and its media one by one.
+
+    Args:
+        path: .parquet, .csv, a folder of parquet files or a hub data set.
+        split: of a hub data set.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_rows`.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train") -> None:
+        place = Path(path).expanduser()
+        self.folder = place if place.is_dir() else place.parent
+        self.data = _plain(_loaded(path, split))
+        self.columns: set[str] = set(self.data.column_names)
+        self.sources: dict[str, Any] = {}
+
+    def rows(self, media: Collection[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """(number from 0, cells) of each row, without the columns that hold media."""
+        kept = [name for name in self.data.column_names if name not in media]
+        for i, cells in enumerate(self.data.select_columns(kept)):
+            yield i, dict(cells)  # pyright: ignore
+
+    def media(self, i: int, name: str, j: int | None = None) -> Media:
+        """The image or video of a cell: a path relative to the table, or bytes; of a list the `j`-th."""
+        source = self.sources.setdefault(name, self.data.select_columns([name]))
+        if not _is_text(source.features[name]):
+            at = "" if j is None else f"[{j}]"
+            return Media(f"{name}{at} of row {i + 1}", fetch=partial(_bytes, source, i, name, j))
+        cell = source[i][name]
+        path = self.folder / (cell if j is None else cell[j])
+        return Media(str(path), path)
+
+
 def _loaded(path: str | Path, split: str):
     """The `datasets.Dataset`."""
     import datasets
 
     place = Path(path).expanduser()
     files = sorted(str(f) for f in place.rglob("*.parquet")) if place.is_dir() else [str(place)]
-    local = place.suffix.lower() == ".parquet" or place.is_dir()
+    local = place.suffix.lower() in (".parquet", ".csv") or place.is_dir()
     if not local and not (HUB_ID.fullmatch(str(path)) and not place.exists()):
         raise ValueError(
             f"{path} is not feedback: expected .jsonl, .parquet, a folder of parquet files or a hub id owner/name"
         )
     if local and not (files and Path(files[0]).is_file()):
-        raise FileNotFoundError(f"no parquet file {path}" if not place.is_dir() else f"{path} holds no .parquet files")
+        kind = place.suffix.lower().removeprefix(".")
+        raise FileNotFoundError(f"{path} holds no .parquet files" if place.is_dir() else f"no {kind} file {path}")
     try:
         if local:
-            return datasets.load_dataset("parquet", data_files=files, split=split)
+            kind = place.suffix.lower().removeprefix(".") or "parquet"
+            return datasets.load_dataset(kind if kind == "csv" else "parquet", data_files=files, split=split)
         return datasets.load_dataset(str(path), split=split)
     except Exception as error:  # the library raises whatever its readers and the network do
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -118,7 +155,9 @@ def _plain(data):
 
     raw = datasets.Image(decode=False)
     for name, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
+        if isinstance(feature, datasets.Video):
+            data = data.cast_column(name, datasets.Video(decode=False))
+        elif isinstance(feature, datasets.Image):
             data = data.cast_column(name, raw)
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             data = data.cast_column(name, datasets.List(raw))

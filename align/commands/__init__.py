@@ -1,6 +1,6 @@
 """The sub-commands of `kilter`, one module each: `HELP`, `parser()` and `run(parser, parsed, options) -> exit code`."""
 
-from . import check_reward, compare_rewards, score, steer, train, train_reward
+from . import check_reward, compare_rewards, eval_reward, score, steer, train, train_reward
 from . import list as listing
 
 COMMANDS = {
@@ -10,5 +10,6 @@ COMMANDS = {
     "score": score,
     "check-reward": check_reward,
     "compare-rewards": compare_rewards,
+    "eval-reward": eval_reward,
     "list": listing,
 }
