@@ -89,14 +89,18 @@ def folder(name: str, *patterns: str) -> Path:
 
 
 def read_model(name: str) -> dict[str, Tensor]:
-    """All tensors of a folder or hub repository that holds model.safetensors, whole or in shards.
+    """All tensors of a folder or hub repository that holds model.safetensors, or else pytorch_model.bin, whole or in shards.
 
     Raises:
         OSError: files are missing, incomplete or unreadable.
     """
-    with loading(name, "model.safetensors, or model.safetensors.index.json and its shards"):
-        path = folder(name, "model*.safetensors", "model.safetensors.index.json")
-        index, files = path / "model.safetensors.index.json", {"model.safetensors"}
+    with loading(
+        name, "model.safetensors, or model.safetensors.index.json and its shards; or pytorch_model.bin likewise"
+    ):
+        path, main = folder(name, "model*.safetensors", "model.safetensors.index.json"), "model.safetensors"
+        if not any(path.glob("model*.safetensors")):
+            path, main = folder(name, "pytorch_model*.bin", "pytorch_model.bin.index.json"), "pytorch_model.bin"
+        index, files = path / f"{main}.index.json", {main}
         if index.is_file():
             files = set(json.loads(index.read_text())["weight_map"].values())
         return {key: weight for file in sorted(files) for key, weight in read_weights(path / file).items()}
@@ -148,16 +152,22 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], name: str, ignore: Se
     module.load_state_dict({k: weights[k] for k in own}, assign=bare)
 
 
-def pretrained(cls: Any, name: str, **options: Any) -> Any:
+def pretrained(cls: Any, name: str, *, unread: Sequence[str] = (), **options: Any) -> Any:
     """`cls.from_pretrained`, refusing weights that do not fill the network.
+
+    Args:
+        cls: a class of transformers.
+        name: folder or hub id.
+        unread: patterns of weights that may be missing, matched in full: those that the network has and does not use.
+        options: for `from_pretrained`.
 
     Raises:
         OSError: files are missing, incomplete or unreadable.
     """
     with loading(name, "config.json and the weights (model.safetensors)"):
         network, report = cls.from_pretrained(expand(name), output_loading_info=True, **{"dtype": "auto", **options})
-        if report["missing_keys"]:
-            raise OSError(f"the weights lack {_some(sorted(report['missing_keys']))}")
+        if lacking := sorted(k for k in report["missing_keys"] if not any(re.fullmatch(p, k) for p in unread)):
+            raise OSError(f"the weights lack {_some(lacking)}")
     return network
 
 

@@ -7,11 +7,13 @@ The rules were run beside the released `evaluate` and `relative_position` of Gen
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -233,6 +235,15 @@ def test_metadata_files_are_read_as_they_are_and_parts_tell_the_kinds(clip_folde
 def test_clauses_that_cannot_be_judged_are_errors(detector: str, clip_folder: str, meta: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GenEval("correct", detector, clip_folder)(torch.ones(1, 3, 16, 16), [Prompt("a photo", meta=meta)])
+
+
+def test_a_detector_without_weights_is_refused(detector: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(detector, tmp_path / "detector")
+    weights = load_file(folder / "model.safetensors")
+    del weights["class_predictor.bias"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OSError, match=r"the weights lack class_predictor\.bias\n"):
+        GenEval(detector=str(folder))
 
 
 def test_another_detector_is_refused_by_its_classes(tmp_path: Path, clip_folder: str) -> None:

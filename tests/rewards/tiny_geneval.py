@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 
 def save_mask2former(folder: Path, classes: int = 80) -> Path:
@@ -45,5 +46,10 @@ def save_mask2former(folder: Path, classes: int = 80) -> Path:
             if name.startswith("class_predictor"):
                 p.mul_(4)
     model.save_pretrained(folder)
+    weights = load_file(
+        folder / "model.safetensors"
+    )  # published before transformers 5 gave Swin another norm, never used
+    weights = {name: value for name, value in weights.items() if ".swin.layernorm." not in name}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     Mask2FormerImageProcessor(size={"height": 384, "width": 384}, num_labels=classes).save_pretrained(folder)
     return folder
