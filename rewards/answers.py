@@ -18,7 +18,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["Rule", "answered", "field", "labelled", "share", "spoken", "spread_out", "verdict", "vote", "winner"]
+__all__ = [
+    "Rule",
+    "answered",
+    "field",
+    "labelled",
+    "matched",
+    "share",
+    "spoken",
+    "spread_out",
+    "verdict",
+    "vote",
+    "winner",
+]
 
 Rule = Literal["mean", "median", "sum", "majority", "trimmed"]
 MARKS = "\\s*_`\"'“”‘’"  # inside a character class
@@ -52,6 +64,13 @@ def labelled(text: str | None, label: str, low: float, high: float) -> float | N
     if not heads:
         return None
     number = re.match(rf"[{MARKS}]*{NUMBER}", spoken(text)[heads[-1].end() :])
+    return within(float(number[1]), low, high) if number else None
+
+
+def matched(text: str | None, pattern: str, low: float, high: float) -> float | None:
+    """The number that the first group of the last match of a regular expression holds."""
+    groups = [match[1] for match in re.finditer(pattern, spoken(text))]
+    number = re.fullmatch(rf"\s*{NUMBER}\s*", groups[-1] or "") if groups else None
     return within(float(number[1]), low, high) if number else None
 
 

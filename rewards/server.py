@@ -29,7 +29,7 @@ import threading
 import warnings
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Literal, Optional, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -67,7 +67,7 @@ class ServedJudge(Judge):
         fps: frames a second of that file.
         cache: file in which answers are kept from one run to the next; None keeps none. Answers drawn at a temperature are kept by
             their seed.
-        extra: more fields of every request, such as {"chat_template_kwargs": {"enable_thinking": false}}.
+        extra: more fields of every chat request, such as {"chat_template_kwargs": {"enable_thinking": false}}.
 
     Raises:
         ValueError: `url` holds a password, is no http(s) address, or the key's variable is not set.
@@ -77,9 +77,9 @@ class ServedJudge(Judge):
     def __init__(
         self,
         url: str = "http://localhost:8000/v1",
-        model: Optional[str] = None,
+        model: str | None = None,
         *,
-        api_key_env: Optional[str] = None,
+        api_key_env: str | None = None,
         probabilities: Literal["logprobs", "systemone"] = "logprobs",
         top: int = 20,
         concurrency: int = 16,
@@ -89,8 +89,8 @@ class ServedJudge(Judge):
         pause: float = 0.5,
         video: Literal["frames", "mp4"] = "frames",
         fps: float = 8.0,
-        cache: Optional[str] = None,
-        extra: Optional[dict[str, Any]] = None,
+        cache: str | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         parts = urlsplit(url)
@@ -121,11 +121,11 @@ class ServedJudge(Judge):
             if len(choices) < 2:
                 raise ValueError(f'"systemone" compares choices, so it needs two; got {choices}: use "logprobs"')
             path, bodies = "/systemone", [self.typed(ask, choices) for ask in asks]
-            rows = self.answers(path, bodies, lambda reply: typed_odds(reply, choices))
+            rows = self.answers(path, bodies, lambda reply: typed_odds(reply, choices), choices)
         else:
             known = {"logprobs": True, "top_logprobs": self.top}
             bodies = [self.chat(ask, encoded, 0.0, 1) | known for ask, encoded in self.encoded(asks)]
-            rows = self.answers("/chat/completions", bodies, lambda reply: listed_odds(reply, choices))
+            rows = self.answers("/chat/completions", bodies, lambda reply: listed_odds(reply, choices), choices)
         missing = [math.nan] * len(choices)
         return torch.tensor([missing if row is None else row for row in rows], dtype=torch.float32).view(
             -1, len(choices)
@@ -194,8 +194,7 @@ class ServedJudge(Judge):
         if yes_first(choices) is None:
             question = {"type": "choice", "criteria": {choice[0]: None for choice in choices}}
         state, question["instructions"] = (before, ask.pieces[-1]) if before else (ask.text, None)
-        body = {"model": self.model, "state": state, "questions": {"answer": question}, "assets": assets}
-        return {**body, **self.extra}
+        return {"model": self.model, "state": state, "questions": {"answer": question}, "assets": assets}
 
     def served(self, model: str | None) -> str:
         """The model's name, once the server has been reached."""
@@ -222,9 +221,12 @@ class ServedJudge(Judge):
                 raise Unanswered(described(error)) from None
         return reply.status_code, reply.text
 
-    def answers(self, path: str, bodies: list[dict[str, Any]], read: Any) -> list[Any]:
-        """What `read` finds in the reply to each body, None where that failed."""
-        keys = [hashlib.sha256(json.dumps([path, body], sort_keys=True).encode()).hexdigest() for body in bodies]
+    def answers(
+        self, path: str, bodies: list[dict[str, Any]], read: Any, choices: Sequence[Sequence[str]] = ()
+    ) -> list[Any]:
+        """What `read` finds in the reply to each body, None where that failed; `choices` tell it what to look for."""
+        told = [json.dumps([path, choices, body], sort_keys=True) for body in bodies]
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in told]
         found = self.recall(keys)
         news = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
         if news:
@@ -258,7 +260,7 @@ class ServedJudge(Judge):
         Raises:
             Unanswered: the request failed for good, or as often as it may.
         """
-        http, chance = client_library(), random.SystemRandom()
+        http, chance, reason = client_library(), random.SystemRandom(), ""
         for tried in range(self.retries + 1):
             wait = min(LONGEST_PAUSE, self.pause * 2**tried) * chance.uniform(0.5, 1)
             try:
@@ -270,36 +272,43 @@ class ServedJudge(Judge):
                     try:
                         return reply.json()
                     except ValueError:
-                        raise Unanswered(f"the reply is no JSON: {reply.text[:TOLD]}") from None
-                reason = f"HTTP {reply.status_code}: {reply.text[:TOLD]}"
+                        raise Unanswered(f"the reply is no JSON: {self.discreet(reply.text)[:TOLD]}") from None
+                reason = f"HTTP {reply.status_code}: {self.discreet(reply.text)[:TOLD]}"
                 if reply.status_code != 429 and reply.status_code < 500:
                     break
                 asked = reply.headers.get("retry-after", "")
                 wait = max(wait, float(asked)) if asked.isdecimal() else wait
             if tried < self.retries:
                 await asyncio.sleep(wait)
-        raise Unanswered(reason)  # type: ignore[possibly-unbound]
+        raise Unanswered(reason)
 
     def client(self) -> Any:
         """A connection pool. A server on this machine is not looked for behind a proxy."""
         http = client_library()
-        key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
         return http.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
             timeout=http.Timeout(None, connect=self.connect_timeout),
             limits=http.Limits(max_connections=self.concurrency),
             trust_env=not local(urlsplit(self.url).hostname or ""),
         )
+
+    @property
+    def key(self) -> str:
+        """The server's key, empty without one."""
+        return os.environ.get(self.api_key_env, "") if self.api_key_env else ""
+
+    def discreet(self, text: str) -> str:
+        """A text without the key, which servers quote when they refuse it."""
+        return text.replace(self.key, "…") if self.key else text
 
     def count(self, failed: int, asked: int, reasons: list[str]) -> None:
         """Counts questions without an answer, and says once why."""
         self.failures += failed
         if failed and not self.warned:
             self.warned = True
-            key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
-            reason = reasons[0].replace(key, "…") if key else reasons[0]  # servers quote keys that they refuse
+            why = self.discreet(reasons[0])
             warnings.warn(
-                f"{self.name} got no answer to {failed} of {asked} questions from {self.url} ({reason}); more failures are only "
+                f"{self.name} got no answer to {failed} of {asked} questions from {self.url} ({why}); more failures are only "
                 "counted, in `failures`",
                 stacklevel=2,
             )

@@ -15,6 +15,7 @@ and calls a failure 0, Pref-GRPO fills it with the mean of the group.
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .answers import Rule, field, labelled, spread_out, vote
+from .answers import Rule, field, labelled, matched, spread_out, vote
 from .base import Prompt, Reward, Scores
 from .judging import Ask, Judge, published
 
@@ -96,6 +97,7 @@ class Written(Spoken):
         low: smallest score that counts.
         high: largest.
         form: of the answer: "text", or "json" for an object, which a served judge is held to by a schema.
+        pattern: regular expression whose first group is the score, instead of the label; the last match counts.
         system: what the judge is told beforehand.
         start: words that its answer begins with.
         samples: judgements a sample.
@@ -117,6 +119,7 @@ class Written(Spoken):
         high: float = 10.0,
         *,
         form: Literal["text", "json"] = "text",
+        pattern: str | None = None,
         system: str = "",
         start: str = "",
         samples: int = 1,
@@ -128,7 +131,10 @@ class Written(Spoken):
         super().__init__(judge, samples, temperature, aggregate, max_tokens)
         if not low < high or not label:
             raise ValueError(f"Written needs a label and low < high; got {label!r}, {low}, {high}")
+        if pattern is not None and (form == "json" or re.compile(pattern).groups < 1):
+            raise ValueError(f"pattern must hold a group, and form must be text; got {pattern!r} and {form!r}")
         self.question, self.label, self.low, self.high, self.form = question, label, low, high, form
+        self.pattern = pattern
         self.system, self.start, self.modality = system, start, modality
         self.needs_prompt = "{prompt}" in question
         number = {"type": "number", "minimum": low, "maximum": high}
@@ -142,6 +148,8 @@ class Written(Spoken):
 
     def read(self, text: str | None) -> tuple[float | None, Reading]:
         whole = None if text is None else self.start + text
+        if self.pattern is not None:
+            return matched(whole, self.pattern, self.low, self.high), {}
         return (field if self.form == "json" else labelled)(whole, self.label, self.low, self.high), {}
 
 

@@ -269,7 +269,10 @@ class TestCache:
         with Faulty(lambda *_: listing({"Yes": 0.6, "No": 0.3})) as server:
             served = judge(server, cache=str(tmp_path / "answers.sqlite"))
             first, second = (served.odds([Ask("a")], YES_NO) for _ in range(2))
-        assert torch.equal(first, second) and len(server.bodies) == 1
+            assert torch.equal(first, second) and len(server.bodies) == 1
+            assert torch.equal(
+                served.odds([Ask("a")], YES_NO[::-1]), first.flip(1)
+            )  # another question to the same words
 
 
 @pytest.fixture(scope="module")

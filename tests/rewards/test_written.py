@@ -110,6 +110,14 @@ class TestWritten:
             "beauty": {"type": "number", "minimum": 0, "maximum": 5}
         }
 
+    def test_a_pattern_of_ones_own(self):
+        """flow_grpo's Qwen-VL reward asks for <Score>."""
+        says = iter(
+            ["<Thought>2</Thought><Score>4</Score>", "<Score>4</Score><Score>?</Score>", "<Score>6</Score>", "4"]
+        )
+        reward = Written(Scribe(lambda _: next(says)), "?", high=5, pattern="<Score>(.*?)</Score>")
+        assert reward(torch.rand(4, 3, 8, 8)).tolist() == pytest.approx([4, *[math.nan] * 3], nan_ok=True)
+
     def test_a_start_is_part_of_the_answer(self):
         judge = Scribe(lambda _: " 7, I think")
         assert Written(judge, "?", start="Score:")(torch.rand(1, 3, 8, 8)).item() == 7
@@ -126,6 +134,8 @@ class TestWritten:
             ({"samples": 0}, "samples and max_tokens must be ≥ 1"),
             ({"low": 5, "high": 5}, "low < high"),
             ({"label": ""}, "needs a label"),
+            ({"pattern": "Score"}, "pattern must hold a group"),
+            ({"pattern": "(.)", "form": "json"}, "form must be text"),
         ],
     )
     def test_errors(self, options, message):
