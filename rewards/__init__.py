@@ -11,6 +11,7 @@ from .critique import Assessor, Critique, MMRLHFJudge
 from .crossencoder import CrossEncoder
 from .dual import DualEncoder
 from .ensembles import Ensemble
+from .flant5 import CLIPFlanT5
 from .geneval import GenEval
 from .hpsv3 import HPSv3
 from .imagereward import CycleReward, ImageReward, IterComp
@@ -46,6 +47,7 @@ __all__ = [
     "Batched",
     "Brightness",
     "CLAPScore",
+    "CLIPFlanT5",
     "CLIPScore",
     "Clipped",
     "Clipping",

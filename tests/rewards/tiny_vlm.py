@@ -250,3 +250,55 @@ def save_hpsv3(folder: Path, qwen: Path, dtype: torch.dtype = torch.float32) -> 
     kept = {k: v.to(torch.float32 if k.startswith("rm_head") else dtype).contiguous() for k, v in weights.items()}
     save_file(kept, folder / "HPSv3.safetensors")
     return folder / "HPSv3.safetensors"
+
+
+def save_t5_tokenizer(folder: Path) -> Path:
+    """A FlanT5 tokenizer: letters, some words, two sentinels."""
+    from transformers import T5Tokenizer
+
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁",
+        *map(chr, range(33, 127)),
+        *(f"▁{word}" for word in dict.fromkeys(WORDS.split())),
+    ]
+    scores = [(piece, -1.0 if piece.startswith("▁") and len(piece) > 1 else -9.0) for piece in pieces]
+    T5Tokenizer(vocab=scores, extra_ids=2, model_max_length=512).save_pretrained(folder)
+    return folder
+
+
+def save_clip_flant5(folder: Path, tower: Path, with_tower: bool = True) -> Path:
+    """A CLIP-FlanT5 in its published layout, one file, keys named as by transformers 4; `tower` gets CLIP's folder."""
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(5)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    clip = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=28, patch_size=14))
+    loud(clip)
+    clip.save_pretrained(tower)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 192}
+    config = T5Config(**shape, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    loud(model, 0.3)
+    weights = {k: v for k, v in model.state_dict().items() if "embed_tokens" not in k}
+    weights["lm_head.weight"] = 0.3 * torch.randn(192, 32)  # FlanT5 does not tie it
+    if with_tower:
+        names = {k: k if k.startswith("vision_model.") else f"vision_model.{k}" for k in clip.state_dict()}
+        weights |= {f"vision_tower.vision_tower.{names[k]}": v for k, v in clip.state_dict().items()}
+    for layer, read in ((0, 16), (2, 32)):
+        weights[f"mm_projector.{layer}.weight"] = torch.randn(32, read) / read**0.5
+        weights[f"mm_projector.{layer}.bias"] = torch.randn(32) / 4
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.clone().contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    own = {
+        "model_type": "clip_t5",
+        "tie_word_embeddings": False,
+        "mm_vision_select_layer": -2,
+        "mm_projector_type": "mlp2x_gelu",
+    }
+    own |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+    (folder / "config.json").write_text(json.dumps({**shape, **own}))
+    return folder
