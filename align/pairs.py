@@ -180,13 +180,14 @@ def _genai_bench(cells: Cells, group: str | None) -> Iterator[Pair]:
 
 
 def _mj_bench(cells: Cells, group: str | None) -> Iterator[Pair]:
+    labels: Mapping[str, Label] = {"0": "a", "1": "b", "tie": "tie"}
     unusable = 0
     for i, row in cells.rows(SHOWN):
-        if row["label"] not in (0, 1):
+        if str(row["label"]) not in labels:
             unusable += 1
             continue
         a, b = (Side(Prompt(row["caption"]), cells.media(i, name)) for name in ("image0", "image1"))
-        yield Pair(a, b, "ab"[int(row["label"])], _group(row, group or "info"))  # pyright: ignore[reportArgumentType]
+        yield Pair(a, b, labels[str(row["label"])], _group(row, group or "info"))
     _told(unusable, "rows with another label")
 
 

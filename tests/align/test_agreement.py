@@ -83,3 +83,19 @@ def test_a_calibrated_reward_has_no_calibration_error_and_a_sure_one_has() -> No
     confidence, right, count = reliability(d, y, 1.0)
     assert count.tolist() == [4000] * 10 and (confidence.diff() > 0).all()
     torch.testing.assert_close(confidence, right, atol=0.03, rtol=0)
+
+
+def test_calibrated_ties_are_those_of_the_released_code_where_no_differences_are_equal() -> None:
+    """Numbers of `calc_accuracy.py` in KwaiVGI/VideoAlign, commit 3e5ebc6, on these values."""
+    i = torch.arange(1, 13, dtype=torch.float64)
+    d = torch.sin(3 * i) * (1 + i / 6)
+    y = torch.tensor([0, -1, 1, 0, 1, -1, 1, -1, 0, -1, 1, -1], dtype=torch.float64)
+    best, threshold = calibrated(d, y)
+    assert (float(best), float(threshold)) == pytest.approx((0.8333333333333334, 0.16464000940317844))
+
+
+def test_equal_differences_pass_the_threshold_together() -> None:
+    """The released code says 0.75 of these four pairs and 0.5 of the same in another order; no threshold reaches 0.75."""
+    d = torch.tensor([1.0, 1.0, -1.0, 2.0], dtype=torch.float64)
+    for y in ([0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]):
+        assert float(calibrated(d, torch.tensor(y, dtype=torch.float64))[0]) == 0.5
