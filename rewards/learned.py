@@ -6,7 +6,7 @@
 
 `kilter train-reward` writes such folders. A score is (r - mean) / std, both taken over the samples the reward was trained on, for
 each member of an ensemble and each person known: rewards for different people otherwise differ in scale. Sample a is preferred to b
-with probability sigmoid(slope · (score_a - score_b)); `slope` in config.json was fitted on pairs held out.
+with probability sigmoid((score_a - score_b) / T); "temperature" in config.json is T, fitted on pairs held out.
 
 The probe is what the encoder said of two pictures when the head was trained. If it says something else now, other weights or other
 processing stand behind the same name, and the folder is refused: the head would score at random.

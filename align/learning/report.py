@@ -1,11 +1,7 @@
-"""How good a learned reward is on pairs held out: in numbers and in a picture.
+"""How good a learned reward is on pairs held out, in numbers and in a picture.
 
-accuracy    of decided pairs ("ties out"), and with tied pairs counting half ("ties half"); equal scores count half
-nll         -mean log σ(slope · D) of decided pairs, D the lead of the better one, with slope 1 on raw scores and as fitted
-ece         Σ_b n_b/n |share right in b - mean confidence in b|, over bins of equal numbers by |D|
-slopes      how much the score rises with what should not matter: a word of the prompt, and from black to white within pairs
-best of n   of N samples of a prompt, sorted by the learned reward, the expected gold score of the best of n drawn without
-            repetition is Σ_{i≥n} C(i-1, n-1) / C(N, n) gold_(i): unbiased over the draws (Gao et al. 2022, arXiv 2210.10760)
+`agreement.py` defines accuracy, temperature and calibration error, `bestofn.py` the curve of over-optimisation. Besides, two slopes
+tell how much the score rises with what should not matter: a word of the prompt, and from black to white within pairs.
 """
 
 from __future__ import annotations
@@ -16,90 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..agreement import accuracy, calibration_error, fit_temperature, log_loss, reliability
+from ..bestofn import best_of_n
 from .data import Comparisons
 
-__all__ = ["accuracy", "best_of", "curve", "draw", "ece", "judged", "nll", "slope_of"]
-
-BINS = 10
-STEEPEST = 1e3  # the slope given to pairs that are all in order, whose likelihood has no maximum
-
-
-def accuracy(lead: Tensor, tied: Tensor) -> dict[str, float]:
-    """Shares of pairs whose better one scores higher."""
-    right = (lead > 0).double() + (lead == 0).double() / 2
-    out = right[~tied].mean() if bool((~tied).any()) else torch.tensor(math.nan)
-    return {"accuracy": float(out), "accuracy_ties_half": float(torch.where(tied, 0.5, right).mean())}
-
-
-def nll(lead: Tensor, slope: float = 1.0) -> float:
-    """Mean negative log-likelihood of decided pairs, in nats."""
-    return float(F.softplus(-slope * lead.double()).mean())
-
-
-def slope_of(lead: Tensor) -> float:
-    """The slope, 0 to 1000, by which leads of decided pairs are best explained: the inverse of a temperature."""
-    lead = lead.double()
-    low, high = 0.0, STEEPEST / max(1e-12, float(lead.abs().mean()))
-
-    def rising(slope: float) -> bool:  # whether the likelihood still grows; it is concave
-        return float((lead * torch.sigmoid(-slope * lead)).mean()) > 0
-
-    if not rising(low):
-        return 0.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) else (low, middle)
-    return high
-
-
-def reliability(lead: Tensor, slope: float) -> list[tuple[float, float, int]]:
-    """(confidence, share right, number) of bins of decided pairs, of equal numbers, by |D|."""
-    order = lead.abs().argsort(stable=True)
-    bins = [part for part in order.tensor_split(min(BINS, len(order))) if len(part)]
-    sure = torch.sigmoid(slope * lead.double().abs())
-    right = (lead > 0).double() + (lead == 0).double() / 2
-    return [(float(sure[b].mean()), float(right[b].mean()), len(b)) for b in bins]
-
-
-def ece(lead: Tensor, slope: float = 1.0) -> float:
-    """Expected calibration error of decided pairs."""
-    bins = reliability(lead, slope)
-    return sum(n * abs(right - sure) for sure, right, n in bins) / max(1, sum(n for *_, n in bins))
-
-
-def best_of(proxy: Tensor, gold: Tensor, n: int) -> float:
-    """The expected gold score of the one of n that the proxy puts first, from N samples of one prompt, (N,) each."""
-    total = len(proxy)
-    if not 1 <= n <= total:
-        raise ValueError(f"n must be 1 to the {total} samples there are; got {n}")
-    gold = gold.double()[proxy.argsort(stable=True)]
-    places = torch.arange(n, total + 1).double()
-    log_share = _log_choose(places - 1, n - 1) - _log_choose(torch.tensor(float(total)).double(), n)
-    return float((log_share.exp() * gold[n - 1 :]).sum())
+__all__ = ["curve", "draw", "judged"]
 
 
 def curve(proxy: Tensor, gold: Tensor, prompt: Tensor) -> dict[str, list[float]]:
-    """Proxy and gold score of the best of n, and the most KL it can cost, averaged over prompts; n doubles.
+    """Learned and gold score of the best of n by the learned one, and the most KL it can cost, averaged over prompts.
 
     Args:
         proxy, gold: (N,) of samples; prompt: (N,) which prompt each is of. Samples gold could not judge are left out.
     """
     kept = gold.isfinite() & proxy.isfinite()
-    groups = [(kept & (prompt == p)).nonzero()[:, 0] for p in prompt.unique()]
-    fewest = min((len(g) for g in groups if len(g)), default=0)
-    groups = [g for g in groups if len(g)]
-    ns = [2**k for k in range(fewest.bit_length())]
-    ns += [fewest] if ns and ns[-1] != fewest else []
-    rows = [(n, *(sum(best_of(proxy[g], of[g], n) for g in groups) / len(groups) for of in (proxy, gold))) for n in ns]
-    return {
-        "n": [float(n) for n, _, _ in rows],
-        "kl": [math.log(n) - (n - 1) / n for n, _, _ in rows],
-        "proxy": [p for _, p, _ in rows],
-        "gold": [g for _, _, g in rows],
-    }
+    groups = [rows for p in prompt.unique() if len(rows := (kept & (prompt == p)).nonzero()[:, 0])]
+    most = min(map(len, groups), default=0)
+    if not most:
+        return {"n": [], "kl": [], "proxy": [], "gold": []}
+    n = torch.arange(1, most + 1).double()
+    own, true = (torch.stack([best_of_n(proxy[g], of[g])[:most] for g in groups]).mean(0) for of in (proxy, gold))
+    return {"n": n.tolist(), "kl": (n.log() - (n - 1) / n).tolist(), "proxy": own.tolist(), "gold": true.tolist()}
 
 
 def judged(scores: Tensor, raw: Tensor, data: Comparisons, brightness: Tensor) -> dict[str, Any]:
@@ -111,23 +46,28 @@ def judged(scores: Tensor, raw: Tensor, data: Comparisons, brightness: Tensor) -
         brightness: (R,) mean pixel.
     """
     lead, raw_lead = (s[data.first] - s[data.second] for s in (scores, raw))
-    decided = lead[~data.tied]
-    if not len(decided):
+    label = (~data.tied).double()
+    if not bool(label.any()):
         raise ValueError("every pair held out is a tie: hold out more, or give a file of preferences as heldout")
-    slope = slope_of(decided)
+    temperature = fit_temperature(lead, label)
+    sure, right, count = reliability(lead, label, temperature)
     words = torch.tensor([len(data.samples[i].prompt.text.split()) for i in data.rows.tolist()])
-    pale = brightness[data.first] - brightness[data.second]
+    out = float(accuracy(lead, label))
     return {
         "pairs": len(lead),
         "ties": int(data.tied.sum()),
-        **accuracy(lead, data.tied),
-        "nll": nll(raw_lead[~data.tied]),
-        "nll_calibrated": nll(decided, slope),
-        "ece": ece(raw_lead[~data.tied]),
-        "ece_calibrated": ece(decided, slope),
-        "slope": slope,
-        "reliability": reliability(decided, slope),
-        "slopes": {"prompt_word": _slope(words, scores), "brightness_in_pairs": _slope(pale, lead)},
+        "accuracy": out,
+        "accuracy_ties_half": (out * float(label.sum()) + float(data.tied.sum()) / 2) / len(label),
+        "nll": log_loss(raw_lead, label, 1.0),
+        "nll_calibrated": log_loss(lead, label, temperature),
+        "ece": calibration_error(raw_lead, label, 1.0),
+        "ece_calibrated": calibration_error(lead, label, temperature),
+        "temperature": temperature,
+        "reliability": list(zip(sure.tolist(), right.tolist(), count.tolist(), strict=True)),
+        "slopes": {
+            "prompt_word": _slope(words, scores),
+            "brightness_in_pairs": _slope(brightness[data.first] - brightness[data.second], lead),
+        },
     }
 
 
@@ -135,10 +75,6 @@ def _slope(x: Tensor, y: Tensor) -> float:
     """Of the least-squares line; NaN where x does not vary."""
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     return float((x * y).sum() / x.square().sum()) if float(x.abs().max()) > 0 else math.nan
-
-
-def _log_choose(n: Tensor, k: int) -> Tensor:
-    return torch.lgamma(n + 1) - math.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
 def draw(path: Path, report: Mapping[str, Any], losses: Sequence[tuple[float, float]], best: int) -> None:
@@ -165,16 +101,12 @@ def draw(path: Path, report: Mapping[str, Any], losses: Sequence[tuple[float, fl
         axes[1].text(0.97, 0.05, told, transform=axes[1].transAxes, ha="right")
         axes[1].set(title="Reliability on pairs held out", xlabel="how sure it is", ylabel="how often it is right")
         if points := report.get("best_of_n"):
-            axes[2].plot(
-                points["n"], points["proxy"], color=INKS["optimised"], marker="o", markersize=4, label="learned reward"
-            )
-            axes[2].set(title="Best of n", xlabel="n", xscale="log", ylabel="learned reward")
-            axes[2].set_xticks(points["n"], [f"{n:g}" for n in points["n"]], minor=False)
-            axes[2].minorticks_off()
-            gold = axes[2].twinx()
-            gold.plot(points["n"], points["gold"], color=INKS["judge"], marker="s", markersize=4, label="gold")
-            gold.set_ylabel("gold reward", color=INKS["judge"])
-            gold.grid(False)
+            for name, label, ink in (("proxy", "learned", INKS["optimised"]), ("gold", report["gold"], INKS["judge"])):
+                axis = axes[2] if name == "proxy" else axes[2].twinx()
+                axis.plot(points["n"], points[name], color=ink, marker="o", markersize=4)
+                axis.set_ylabel(label, color=ink)
+                axis.grid(False)
+            axes[2].set(title="Best of n by the learned reward", xlabel="n")
         for axis in axes:
             axis.tick_params(length=0)
         partial = path.with_name(f"{path.name}.partial")

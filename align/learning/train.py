@@ -118,7 +118,11 @@ def train_reward(
         report = learner.report(calibration, codes, cached, held, result, gold)
     users = list(train.users) if head.code else []
     few = reference[:: -(-len(reference) // KEPT)]
-    scale = {"mean": calibration.mean.tolist(), "std": calibration.std.tolist(), "slope": report["slope"]}
+    scale = {
+        "mean": calibration.mean.tolist(),
+        "std": calibration.std.tolist(),
+        "temperature": finite(report["temperature"]),
+    }
     widths = [cached.all.joint.shape[1], cached.all.prompt.shape[1]]
     write_learned(
         folder, {**about, "lora": lora, "widths": widths, "users": users, **scale}, head, encoder, codes, cached(few)

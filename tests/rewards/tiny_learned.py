@@ -41,7 +41,7 @@ def save_learned(folder: Path, encoder: Reward, clip: str, head: Head, users: tu
         "users": list(users),
         "mean": scale.mean.tolist(),
         "std": scale.std.tolist(),
-        "slope": 1.0,
+        "temperature": 1.0,
         "lora": None,
     }
     write_learned(folder, config, head, encoder, codes, seen)
