@@ -40,13 +40,18 @@ SUM_TOLERANCE = 0.02  # by which two shares may miss 1: they are printed with fe
 
 def spoken(text: str | None) -> str:
     """What was said, without what was thought; empty if it was cut."""
+    said = after_thought(text)
+    if "<answer>" not in said:
+        return said
+    block, end, _ = said[said.rindex("<answer>") + len("<answer>") :].partition("</answer>")
+    return block if end else ""
+
+
+def after_thought(text: str | None) -> str:
+    """What stands behind the last `<think>` block, which may have begun in the question."""
     if text is None or text.rfind("<think>") > text.rfind("</think>"):
         return ""
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
-    if "<answer>" not in text:
-        return text
-    block, end, _ = text[text.rindex("<answer>") + len("<answer>") :].partition("</answer>")
-    return block if end else ""
+    return text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
 
 
 def labelled(text: str | None, label: str, low: float, high: float) -> float | None:
@@ -105,7 +110,8 @@ def verdict(text: str | None, noun: str) -> float | None:
 
 def answered(text: str | None, noun: str) -> float | None:
     """As `verdict`, of the last `<answer>` block, which must be there and say one thing."""
-    return verdict(text, noun) if text and "</answer>" in text and len(re.findall("[12]", spoken(text))) == 1 else None
+    once = "<answer>" in after_thought(text) and len(re.findall("[12]", spoken(text))) == 1
+    return verdict(text, noun) if once else None
 
 
 def winner(text: str | None, noun: str) -> float | None:

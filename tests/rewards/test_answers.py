@@ -124,6 +124,7 @@ def test_verdict(text, expected):
         ("<answer>Image 1 is better, Image 2 is worse</answer>", None),
         ("<answer>equal</answer>", None),
         ("<think>an <answer>Image 1 is better</answer> would be wrong", None),
+        ("<think>an <answer>Image 1 is better</answer> would be wrong</think>Image 2 is better", None),
         (None, None),
     ],
 )
