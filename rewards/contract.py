@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward, Scores, as_prompts, facts
-from .specimens import DAMAGE, example, interior
+from .specimens import DAMAGE, doubled, example, interior
 
 __all__ = ["LAWS", "Finding", "Trial", "check"]
 
@@ -177,7 +176,7 @@ def prompt(trial: Trial) -> str:
         trial.run(prompts=trial.prompts[:-1])
     except ValueError:
         return f"the neighbour's prompt moves scores by up to {moved:.3g}"
-    raise Broken(f"{len(trial.media)} samples and {len(trial.prompts) - 1} prompts raise no ValueError")
+    raise Broken("one prompt too few raises no ValueError")
 
 
 def refusals(trial: Trial) -> str:
@@ -351,7 +350,7 @@ def quality(trial: Trial) -> str:
     clean, found = trial.first.total.nanmean().item(), []
     for name, harm in DAMAGE.items():
         means = [clean, *(trial.run(harm(media, s)).total.nanmean().item() for s in (1, 2, 3))]
-        if any(later >= earlier for earlier, later in pairwise(means)):
+        if any(after >= before for before, after in pairwise(means)):
             raise Broken(f"more and more {name} scores {[f'{m:.4g}' for m in means]}")
         found.append(f"{name} {means[-1] - clean:+.3g}")
     return ", ".join(found)
@@ -394,8 +393,7 @@ def check(
 
     Args:
         reward: to be checked, on the device of the media.
-        media: at least 2 samples in its layout that it can judge; procedural ones by default.
-        prompts: one a sample; those of `example` by default.
+        media, prompts: at least 2 samples in its layout that it can judge, and a prompt each; those of `example` by default.
         allowed: `tolerance`, `size`, `rounding`, `trained`; see `Trial`.
 
     Raises:
@@ -420,17 +418,3 @@ def check(
             holds, detail = False, f"{type(error).__name__}: {error}"
         findings.append(Finding(name, holds, detail))
     return findings
-
-
-@contextmanager
-def doubled(reward: Reward) -> Iterator[None]:
-    """A reward in float64 for a while; casting there and back is exact."""
-    kinds = {name: weight.dtype for name, weight in chain(reward.named_parameters(), reward.named_buffers())}
-    reward.double()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for name, weight in chain(reward.named_parameters(), reward.named_buffers()):
-            weight.data = weight.data.to(kinds[name])
-        reward._apply(lambda t: t)  # lets rewards forget what they remembered in float64

@@ -107,7 +107,7 @@ def read_model(name: str) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a PyTorch file, there also under `state_dict`.
+    """The tensors of a .safetensors file, or of a PyTorch file, there also under `state_dict` or `model`.
 
     Raises:
         ValueError: the file holds something else.
@@ -117,8 +117,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
         return load_file(path)
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
-        weights = weights["state_dict"]
+    for name in ("state_dict", "model"):
+        if isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping):
+            weights = weights[name]
     if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"{path} holds no state dict, but {type(weights).__name__}")
     return dict(weights)
@@ -153,7 +154,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], name: str, ignore: Se
 
 
 def pretrained(cls: Any, name: str, *, unread: Sequence[str] = (), **options: Any) -> Any:
-    """`cls.from_pretrained`, refusing weights that do not fill the network.
+    """`cls.from_pretrained`, refusing weights that do not fill the network and warning of those that it does not read.
 
     Args:
         cls: a class of transformers.
@@ -168,6 +169,8 @@ def pretrained(cls: Any, name: str, *, unread: Sequence[str] = (), **options: An
         network, report = cls.from_pretrained(expand(name), output_loading_info=True, **{"dtype": "auto", **options})
         if lacking := sorted(k for k in report["missing_keys"] if not any(re.fullmatch(p, k) for p in unread)):
             raise OSError(f"the weights lack {_some(lacking)}")
+    if extra := sorted(k for k in report["unexpected_keys"] if not k.endswith("position_ids")):
+        warnings.warn(f"{name} holds weights that {cls.__name__} does not read: {_some(extra)}", stacklevel=3)
     return network
 
 
@@ -212,11 +215,11 @@ def unfilled() -> Iterator[None]:
         yield
 
 
-def warn_if_cut(reader: str, text: str, tokens: int, limit: int) -> None:
+def warn_if_cut(reader: str, text: str, count: int, limit: int, unit: str = "tokens") -> None:
     """Warns that the end of a prompt is not read."""
-    if tokens > limit:
+    if count > limit:
         warnings.warn(
-            f"{reader} reads {limit} tokens: the last {tokens - limit} of {tokens} are cut in {text[:60]!r}...",
+            f"{reader} reads {limit} {unit}: the last {count - limit} of {count} are cut in {text[:60]!r}...",
             stacklevel=2,
         )
 

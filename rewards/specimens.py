@@ -1,8 +1,11 @@
-"""Media to try rewards on: pictures, clips, chords and tokens made by rule, and ways to spoil them."""
+"""What rewards are tried on and under: pictures, clips, chords and tokens made by rule, ways to spoil them, double precision."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from .base import Prompt, Reward, as_prompts
 
-__all__ = ["DAMAGE", "example", "interior"]
+__all__ = ["DAMAGE", "doubled", "example", "interior"]
 
 PALETTE = {"red": (230, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
 
@@ -37,7 +40,8 @@ def example(reward: Reward) -> tuple[Tensor, list[Prompt]]:
         video = torch.stack([torch.stack(clip) for clip in frames])
         media = video if reward.modality == "video" else video[:, 0]
         words = {1: "a", 2: "two"}
-        texts = [f"{words[n]} {c} {'circle' if r else 'square'}{'s' * (n > 1)}" for c, r, n in SCENES[:-1]] + ["a green square"]
+        texts = [f"{words[n]} {c} {'circle' if r else 'square'}{'s' * (n > 1)}" for c, r, n in SCENES]
+        texts[-1] = "a green square"
     if reward.compares:
         texts = [texts[0], texts[0], texts[2], texts[2]]
     return media, as_prompts(texts)
@@ -62,6 +66,20 @@ def drawn(colour: str, round_: bool, count: int, frame: int) -> Tensor:
 def interior(media: Tensor) -> Tensor:
     """Media away from the ends of their range, so that no clamp hides a slope."""
     return (0.1 + 0.8 * media.detach()) if media.ndim > 3 else 0.8 * media.detach()
+
+
+@contextmanager
+def doubled(reward: Reward) -> Iterator[None]:
+    """A reward in float64 for a while; casting there and back is exact."""
+    kinds = {name: weight.dtype for name, weight in chain(reward.named_parameters(), reward.named_buffers())}
+    reward.double()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for name, weight in chain(reward.named_parameters(), reward.named_buffers()):
+            weight.data = weight.data.to(kinds[name])
+        reward._apply(lambda t: t)  # lets rewards forget what they remembered in float64
 
 
 def blurred(media: Tensor, strength: int) -> Tensor:
