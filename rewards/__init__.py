@@ -11,6 +11,7 @@ from .critique import Assessor, Critique, MMRLHFJudge
 from .crossencoder import CrossEncoder
 from .dual import DualEncoder
 from .ensembles import Ensemble
+from .evalmuse import EvalMuse
 from .flant5 import CLIPFlanT5
 from .geneval import GenEval
 from .hpsv3 import HPSv3
@@ -18,6 +19,7 @@ from .imagereward import CycleReward, ImageReward, IterComp
 from .judging import Ask, Judge
 from .learned import Learned
 from .localjudge import LocalJudge
+from .mjvideo import MJVideo
 from .motion import DynamicDegree, FrameDifference, TemporalFlickering
 from .mps import MPS
 from .ocr import OCRAccuracy
@@ -60,6 +62,7 @@ __all__ = [
     "DualEncoder",
     "DynamicDegree",
     "Ensemble",
+    "EvalMuse",
     "FrameDifference",
     "Framewise",
     "FromCallable",
@@ -74,6 +77,7 @@ __all__ = [
     "LocalJudge",
     "LogSigmoid",
     "Loudness",
+    "MJVideo",
     "MMRLHFJudge",
     "Modality",
     "OCRAccuracy",

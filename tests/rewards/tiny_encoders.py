@@ -192,3 +192,58 @@ def redraw(file: Path) -> Path:
             weights[name] = torch.randn(value.shape, generator=draw) / 5
     save_file(weights, file, metadata={"format": "pt"})
     return file
+
+
+def evalmuse_weights() -> dict[str, Tensor]:
+    """A checkpoint with the names of fga_blip2.pth: an EVA transformer for 28 pixels and a Q-Former of 20 words and 32 queries."""
+    draw, weights = torch.Generator().manual_seed(11), {}
+    vision, text, wide, words, places = 88, 64, 96, 20, 64
+    eye, mouth = "visual_encoder", "Qformer.bert"
+    weights[f"{eye}.cls_token"] = torch.randn(1, 1, vision, generator=draw)
+    weights[f"{eye}.pos_embed"] = torch.randn(1, 17, vision, generator=draw)
+    linear(weights, f"{eye}.patch_embed.proj", 147, vision, draw)
+    weights[f"{eye}.patch_embed.proj.weight"] = weights[f"{eye}.patch_embed.proj.weight"].view(vision, 3, 7, 7)
+    for i in range(2):
+        block = f"{eye}.blocks.{i}"
+        norm(weights, f"{block}.norm1", vision, draw)
+        linear(weights, f"{block}.attn.qkv", vision, 3 * vision, draw)
+        del weights[f"{block}.attn.qkv.bias"]
+        weights[f"{block}.attn.q_bias"] = torch.randn(vision, generator=draw) / 4
+        weights[f"{block}.attn.v_bias"] = torch.randn(vision, generator=draw) / 4
+        linear(weights, f"{block}.attn.proj", vision, vision, draw)
+        norm(weights, f"{block}.norm2", vision, draw)
+        linear(weights, f"{block}.mlp.fc1", vision, 4 * vision, draw)
+        linear(weights, f"{block}.mlp.fc2", 4 * vision, vision, draw)
+    norm(weights, "ln_vision", vision, draw)
+    weights[f"{mouth}.embeddings.position_ids"] = torch.arange(places)[None]
+    weights[f"{mouth}.embeddings.word_embeddings.weight"] = torch.randn(words, text, generator=draw)
+    weights[f"{mouth}.embeddings.position_embeddings.weight"] = torch.randn(places, text, generator=draw) / 4
+    norm(weights, f"{mouth}.embeddings.LayerNorm", text, draw)
+    for i in range(4):
+        layer = f"{mouth}.encoder.layer.{i}"
+        for kind, memory in (("attention", text), ("crossattention", vision))[: 2 - i % 2]:
+            linear(weights, f"{layer}.{kind}.self.query", text, text, draw)
+            linear(weights, f"{layer}.{kind}.self.key", memory, text, draw)
+            linear(weights, f"{layer}.{kind}.self.value", memory, text, draw)
+            linear(weights, f"{layer}.{kind}.output.dense", text, text, draw)
+            norm(weights, f"{layer}.{kind}.output.LayerNorm", text, draw)
+        for kind in ("", "_query"):
+            linear(weights, f"{layer}.intermediate{kind}.dense", text, wide, draw)
+            linear(weights, f"{layer}.output{kind}.dense", wide, text, draw)
+            norm(weights, f"{layer}.output{kind}.LayerNorm", text, draw)
+    linear(weights, "Qformer.cls.predictions.transform.dense", text, text, draw)
+    linear(weights, "vision_proj", text, 256, draw)
+    linear(weights, "text_proj", text, 256, draw)
+    linear(weights, "itm_head", text, 2, draw)
+    for number, (read, written) in {0: (text, 256), 2: (256, 128), 4: (128, 64), 6: (64, 16), 8: (16, 1)}.items():
+        linear(weights, f"mask_proj.layers.{number}", read, written, draw)
+    weights["query_tokens"] = torch.randn(1, 32, text, generator=draw)
+    weights["temp"] = torch.tensor(0.07)
+    return weights
+
+
+def save_evalmuse(folder: Path) -> Path:
+    """fga_blip2.pth as LAVIS saves it, with a tokenizer beside it."""
+    bert_tokenizer(folder)
+    torch.save({"model": evalmuse_weights(), "optimizer": {"state": {}}, "epoch": 4}, folder / "fga_blip2.pth")
+    return folder / "fga_blip2.pth"
