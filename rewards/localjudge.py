@@ -31,6 +31,7 @@ from .qwen import FAMILY, Reader, hidden, render
 __all__ = ["LocalJudge"]
 
 CONTEXT = 32  # characters before an answer that decide how it is tokenized
+KNOWN = 1024  # remembered tokenizations of answers
 
 
 class LocalJudge(Judge):
@@ -108,11 +109,8 @@ class LocalJudge(Judge):
             end = start + self.step
             logits = self.logits(asks[start:end], texts[start:end])
             logp = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=-1)
-            rows += [
-                torch.stack([row[ids].logsumexp(dim=-1) for ids in found])
-                for row, found in zip(logp, tokens[start:end], strict=True)
-            ]
-        return torch.stack(rows)
+            rows.append(together(logp, tokens[start:end]))
+        return torch.cat(rows)
 
     @torch.no_grad()
     def write(self, asks: Sequence[Ask], *, temperature: float = 0.0, max_tokens: int = 512) -> list[str | None]:
@@ -186,6 +184,8 @@ class LocalJudge(Judge):
                     raise ValueError(
                         f"{list(choices[j])} and {list(choice)} begin with the same token {token!r}: spell them apart"
                     )
+        if len(self.known) >= KNOWN:
+            self.known.clear()
         self.known[key] = found
         return found
 
@@ -216,6 +216,14 @@ class LocalJudge(Judge):
             text=[text], return_tensors="pt", text_kwargs={"add_special_tokens": not begun}, **options
         )
         return dict(read.to(self.device, self.network.dtype))
+
+
+def together(logp: Tensor, tokens: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """(B, vocabulary) log-probabilities, and for each row the tokens of each choice -> (B, C) of the choices."""
+    most = max(len(ids) for row in tokens for ids in row)
+    padded = torch.tensor([[[*ids, *[-1] * (most - len(ids))] for ids in row] for row in tokens], device=logp.device)
+    found = logp.gather(1, padded.clamp(min=0).flatten(1)).view(padded.shape)
+    return found.masked_fill(padded < 0, -torch.inf).logsumexp(dim=-1)
 
 
 class Draws:

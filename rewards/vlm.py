@@ -231,6 +231,7 @@ class QAlign(Rating):
         modality: what is judged.
     """
 
+    needs_prompt = False
     claims_quality = True
 
     def __init__(
