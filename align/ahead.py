@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TypeVar
 
 import torch
@@ -125,15 +125,20 @@ def decode(chunk: int, entry: Entry, size: tuple[int, int] | None = None) -> Ite
 
 
 def in_threads(work: Callable[[T], R], things: Iterable[T], threads: int, most: int) -> Iterator[R]:
-    """Results in the order of the things, at most `most` of them begun and not yet taken."""
-    pool, begun = ThreadPoolExecutor(threads), deque[Future[R]]()
+    """Results in the order of the things, at most `most` of them begun and not yet taken.
+
+    A thread is given several at a time, where there are enough: to hand over one costs as much as to decode a small one.
+    """
+    pool, begun = ThreadPoolExecutor(threads), deque[Future[list[R]]]()
+    each = max(1, min(8, most // (2 * threads)))
+    things = iter(things)
     try:
-        for thing in things:
-            begun.append(pool.submit(work, thing))
-            if len(begun) >= most:
-                yield begun.popleft().result()
+        while given := list(islice(things, each)):
+            begun.append(pool.submit(lambda some: [work(one) for one in some], given))
+            if len(begun) * each >= most:
+                yield from begun.popleft().result()
         while begun:
-            yield begun.popleft().result()
+            yield from begun.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

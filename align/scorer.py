@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rewards import Prompt, Reward, Scores
+from rewards.preprocess import sharing
 
 from .ahead import Batch
 
@@ -73,7 +74,8 @@ class Scorer:
             for item in batch.items
         ]
         if batch.media is not None:
-            self._judge(rows, batch.media, [item.prompt for item in batch.items])
+            with sharing():
+                self._judge(rows, batch.media, [item.prompt for item in batch.items])
         wrong = [row for row in rows if row["error"]]
         stops = wrong if self.on_error == "stop" else [r for r in wrong if batch.media is None or r["prompt"] is None]
         if stops and self.on_error != "nan":

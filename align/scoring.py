@@ -1,8 +1,8 @@
 """`align.score`: media and prompts in, scores out. `align.score_set`: the same for any number of rows, to files.
 
 A set is read row by row (`entries`), cut into chunks of consecutive rows, decoded ahead in threads (`ahead`), scored in batches of
-equal shape (`scorer`), and written chunk by chunk (`parts`). Chunk k belongs to process k modulo their number, so nothing is
-exchanged while they score. Only what is decoded ahead is in memory.
+equal shape (`scorer`), and written chunk by chunk (`parts`). The processes take turns: the k-th chunk that is not done yet belongs
+to process k modulo their number, so nothing is exchanged while they score. Only what is decoded ahead is in memory.
 
 Rewards that compare (`Reward.compares`) are given all rows of a prompt in one call; a chunk then ends where a prompt does.
 """
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ Sources = Sequence[str | Path] | str | Path
 Prompts = Sequence[str | Prompt] | str | Prompt
 Row = dict[str, Any]
 PART = 1024  # rows
+PATIENCE = timedelta(days=1)  # a slow judge's last part takes hours, and nothing is lost by waiting
 PARTS_A_PROCESS = 8  # at least, where there are as many rows
 
 
@@ -153,19 +156,19 @@ def score_set(
     _check(batch, threads, part)
     panel, given = panel_of([rewards] if isinstance(rewards, Reward) else rewards, None), as_prompts(prompts)
     scorer, entries = Scorer(panel, on_error), entries_of(sources, given, columns, split)
-    world = World(cpu=scorer.device.type == "cpu")
+    world = World(cpu=scorer.device.type == "cpu", patience=PATIENCE)
     asked = describe(given[0]) if len(given) == 1 else None
     settings = {"size": size, "prompt": asked, "columns": columns, "split": split}
     identity = {"rewards": describe(panel), "source": {"digest": entries.fingerprint()}, "settings": settings}
     folder, manifest = claim(out, identity, part or _part(entries, world, batch), world)
     parts = Parts(folder, manifest, list(panel))
     world.wait()  # all have seen the same parts before one of them adds some
-    walk = _Walk(entries)
+    walk, done = _Walk(entries), sorted(parts.done)
     begun, scored = time.monotonic(), 0
     with _bar(progress and world.first, entries, parts, world) as scorer.tick:
         for chunk, rows in _scored(
             walk, scorer, parts.manifest["part_rows"], batch, threads, size,
-            skip=lambda chunk: chunk in parts.done or chunk % world.size != world.rank,
+            skip=lambda chunk: chunk in parts.done or (chunk - bisect(done, chunk)) % world.size != world.rank,
         ):  # fmt: skip
             parts.write(chunk, rows)
             scored += len(rows)

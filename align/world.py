@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ class World:
 
     Args:
         cpu: run the processes on CPUs (gloo) though there may be GPUs.
+        patience: how long one may wait for the others; the library's minutes by default. The first world made decides.
 
     Raises:
         ValueError: the launcher asks for DeepSpeed.
     """
 
-    def __init__(self, cpu: bool = False) -> None:
+    def __init__(self, cpu: bool = False, patience: timedelta | None = None) -> None:
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
             raise ValueError(
                 "DeepSpeed is not supported: its engine owns the backward pass and the step. To train a model too large for one "
@@ -34,7 +36,7 @@ class World:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self.state = PartialState(cpu=cpu)
+            self.state = PartialState(cpu=cpu, **({} if patience is None else {"timeout": patience}))
             self.rank, self.size = self.state.process_index, self.state.num_processes
             self.device: torch.device = self.state.device  # pyright: ignore
 

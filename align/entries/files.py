@@ -19,6 +19,7 @@ from .base import IMAGES, Columns, Entries, Entry, Wanted, chosen, prompt_of, si
 __all__ = ["LISTS", "Files", "Folder", "Lines", "walk"]
 
 LISTS = ("metadata.jsonl", "captions.jsonl")  # in a folder: says which of its images to take, with which prompts
+BESIDE = (".json", ".txt")
 IMAGE_KEYS = ("image", "file_name", "images")
 
 
@@ -37,7 +38,7 @@ class Files(Entries):
     def read(self, start: int, wanted: Wanted) -> Generator[Entry, None, int]:
         for i, path in enumerate(self.paths):
             if wanted(start + i, start + i + 1):
-                prompt = self.prompts[i] if self.prompts else partial(_beside, Path(path), None)
+                prompt = self.prompts[i] if self.prompts else partial(_beside, path, None)
                 yield Entry(start + i, path, path, Media(path, Path(path).expanduser()), prompt)
         return start + len(self.paths)
 
@@ -60,13 +61,10 @@ class Folder(Entries):
     def __init__(self, folder: Path, prefix: str = "") -> None:
         self.folder, self.prefix, self.name = folder, prefix, str(folder)
         digest, self.kinds = hashlib.sha256(), Counter[str]()
-        for relative, file, names in walk(folder):
-            kind = Path(file.name).suffix.lower()
+        for relative, file, _ in walk(folder):
+            kind = os.path.splitext(file.name)[1].lower()
             self.kinds[kind] += 1
-            if kind in IMAGES:
-                beside = "".join(f"{s} " for s in (".json", ".txt") if Path(file.name).with_suffix(s).name in names)
-                digest.update(f"{relative}\0{file.stat().st_size}\0{beside}\n".encode())
-            elif kind in (".json", ".txt"):
+            if kind in IMAGES or kind in BESIDE:
                 digest.update(f"{relative}\0{file.stat().st_size}\n".encode())
         self.count = sum(n for kind, n in self.kinds.items() if kind in IMAGES)
         self.digest = digest.hexdigest()
@@ -74,11 +72,11 @@ class Folder(Entries):
     def read(self, start: int, wanted: Wanted) -> Generator[Entry, None, int]:
         row = start
         for relative, file, names in walk(self.folder):
-            if Path(file.name).suffix.lower() not in IMAGES:
+            if os.path.splitext(file.name)[1].lower() not in IMAGES:
                 continue
             if wanted(row, row + 1):
                 media = Media(f"{self.prefix}{relative}", Path(file.path))
-                yield Entry(row, media.name, media.name, media, partial(_beside, Path(file.path), names))
+                yield Entry(row, media.name, media.name, media, partial(_beside, file.path, names))
             row += 1
         return row
 
@@ -155,9 +153,12 @@ def walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]
             yield f"{prefix}{entry.name}", entry, names
 
 
-def _beside(image: Path, names: set[str] | None) -> Prompt | None:
+def _beside(image: str, names: set[str] | None) -> Prompt | None:
     """The prompt in the files beside an image; `names`, where it is known, says which there are."""
-    files = [image.with_suffix(suffix) for suffix in (".json", ".txt")]
-    there = [f for f in files if (f.name in names if names is not None else f.is_file())]
-    read = {f.suffix: f.read_bytes for f in there}
-    return sidecar(read.get(".json"), read.get(".txt"))
+    stem = os.path.splitext(os.path.expanduser(image))[0]
+    files = [stem + suffix for suffix in BESIDE]
+    record, text = (
+        Path(f).read_bytes if (os.path.basename(f) in names if names is not None else os.path.isfile(f)) else None
+        for f in files
+    )
+    return sidecar(record, text)

@@ -8,7 +8,7 @@ prompt. Nothing is copied into a cache: of a parquet file the groups of rows tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,5 +206,5 @@ def _feature_kind(feature: Any) -> str:
         return {"binary": "image", "large_binary": "image", "string": "text", "large_string": "text"}.get(
             feature.dtype, "other"
         )
-    inner: Sequence[Any] = [feature.feature] if hasattr(feature, "feature") else []
-    return "list" if any(_feature_kind(f) == "image" for f in inner) else "other"
+    inner = getattr(feature, "feature", None)
+    return "list" if inner is not None and _feature_kind(inner) == "image" else "other"

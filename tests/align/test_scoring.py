@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import align
+import rewards
 from align.ahead import ahead, in_threads
+from align.cli import main
 from rewards import Brightness, Framewise, Sharpness, Weighted
 from tests.align import pictures
 from tests.align.pictures import Best, Diary, Wordy
@@ -88,6 +90,18 @@ def test_what_cannot_be_read_or_judged_has_no_score_and_a_reason(tmp_path):
     assert [p["value"] for p in rows["deep/0005.png"]["parts"]] == [len("picture 5")]
     assert (result.rows, result.errors) == (8, 5)
     assert result.failed == {"Wordy": 5, "Brightness": 2}
+
+
+def test_rewards_that_prepare_images_alike_do_it_once(folder, tmp_path, monkeypatch):
+    class Prepared(Brightness):
+        def measure(self, media, prompts):
+            return rewards.Preprocess(size=4)(media).mean((1, 2, 3))
+
+    calls, resample = [], rewards.preprocess.resample
+    monkeypatch.setattr(rewards.preprocess, "resample", lambda *given: calls.append(1) or resample(*given))
+    align.score_set([Prepared(), Prepared()], folder, tmp_path / "out", batch=COUNT, size=(8, 8))
+    assert len(calls) == 1
+    assert all(r["Prepared"] == r["Prepared-2"] for r in scores(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("on_error", "stops"), [("nan", ""), ("unread", "0002.png"), ("stop", "0000.png")])
@@ -242,3 +256,50 @@ def test_score_takes_files_pictures_and_tensors(tmp_path):
     assert align.score(Brightness(), shown).total.tolist() == pytest.approx([1, 0.2, 0])
     with pytest.raises(ValueError, match="no file"):
         align.score(Brightness(), [tmp_path / "gone.png"])
+
+
+def kilter(capsys, *argv):
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_writes_files_and_says_how_quickly(capsys, tmp_path):
+    pictures.table(tmp_path / "in", COUNT)
+    options = ["--reward", "Brightness", "--panel+=Sharpness", "--device", "cpu", "--batch", "4", "--size", "[8, 8]"]
+    options += ["--columns", '{"prompt": "caption"}', "--out", tmp_path / "out"]
+    code, out, err = kilter(capsys, "score", tmp_path / "in", *options, "--json")
+    assert code == 0
+    assert json.loads(out)["rows"] == json.loads(out)["scored"] == COUNT
+    assert f"scored {COUNT} of {COUNT} rows at " in err
+    assert "rows/s; 0 with errors; wrote" in err
+    assert [r["prompt"] for r in scores(tmp_path / "out")] == [f"picture {i}" for i in range(COUNT)]
+    code, out, err = kilter(capsys, "score", tmp_path / "in", *options)
+    assert (code, out) == (0, "")
+    assert f"scored 0 of {COUNT} rows" in err
+    code, out, err = kilter(capsys, "score", tmp_path / "in", *options, "--batch", "5", "--size", "[4, 4]")
+    assert (code, out) == (2, "")
+    assert "settings.size: [8, 8] → [4, 4]" in err
+
+
+def test_the_command_prints_rows_of_any_source(capsys, tmp_path, monkeypatch):
+    lines = pictures.lines(tmp_path, 3)
+    wordy = ["--reward", "tests.align.pictures.Wordy", "--device", "cpu"]
+    code, out, _ = kilter(capsys, "score", lines, *wordy, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [list(r) for r in rows] == [["image", "prompt", "Wordy", "Wordy.length"]] * 3
+    assert [round(r["Wordy"]) for r in rows] == [0, 1, 2]
+    code, out, _ = kilter(capsys, "score", lines, *wordy, "--json", "--prompts", "odd")
+    assert [json.loads(line)["Wordy"] for line in out.splitlines()] == [None] * 3
+    code, out, err = kilter(capsys, "score", tmp_path / "0000.png", *wordy)
+    assert (code, out) == (2, "")
+    assert "Wordy: it needs a prompt, and there is none" in err
+    code, out, _ = kilter(capsys, "score", tmp_path / "0000.png", *wordy, "--on_error", "nan")
+    assert (code, "it needs a prompt" in out) == (0, True)
+    code, _, err = kilter(capsys, "score", tmp_path / "0000.png", *wordy, "--out", tmp_path / "out")
+    assert code == 1  # nothing was judged
+    assert "1 with errors, 1 without Wordy" in err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = kilter(capsys, "score", lines, *wordy)
+    assert (code, "pass --out" in err) == (2, True)
