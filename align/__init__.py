@@ -26,6 +26,7 @@ from .comparing import Comparison, compare_rewards
 from .config import TrainConfig
 from .data import append_feedback, read_feedback, validate, write_feedback
 from .feedback import Captions, Likes, Preferences
+from .learning import FitConfig, LearnedReward, adapt_reward, train_reward
 from .loading import load_policy
 from .memory import Memory
 from .objectives import Objective
@@ -39,8 +40,9 @@ from .training import train
 from .verdicts import Verdicts, eval_reward
 
 __all__ = [
-    "Batch", "Captions", "Comparison", "Likes", "Lora", "Memory", "Noised", "Objective", "Paths", "Preferences", "Prompts",
-    "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered", "Steps", "TrainConfig", "TrainResult", "Trainer", "Verdicts",
-    "append_feedback", "best_of_n", "compare_rewards", "eval_reward", "load_policy", "read_feedback", "row_seed", "sample_pairs",
-    "score", "score_rows", "score_set", "steer", "train", "validate", "write_feedback",
+    "Batch", "Captions", "Comparison", "FitConfig", "LearnedReward", "Likes", "Lora", "Memory", "Noised", "Objective", "Paths",
+    "Preferences", "Prompts", "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered", "Steps", "TrainConfig",
+    "TrainResult", "Trainer", "Verdicts", "adapt_reward", "append_feedback", "best_of_n", "compare_rewards", "eval_reward",
+    "load_policy", "read_feedback", "row_seed", "sample_pairs", "score", "score_rows", "score_set", "steer", "train",
+    "train_reward", "validate", "write_feedback",
 ]  # fmt: skip

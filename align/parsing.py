@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from rewards import Judge, Reward
 from samplers import Kernel, Steering
 
+from .learning import Head, Loss
 from .objectives import Objective
 from .sources import Source
 
@@ -29,6 +30,8 @@ COMPONENTS = {
     "kernels": Kernel,
     "objectives": Objective,
     "sources": Source,
+    "heads": Head,
+    "losses": Loss,
 }
 
 
@@ -51,7 +54,9 @@ class Parser(ArgumentParser):
         classes = [cls for base in COMPONENTS.values() for cls in concrete(base)]
         arguments = [name for cls in classes for name in inspect.signature(cls.__init__).parameters if name != "self"]
         prefixed = [
-            f"{p}.{name}" for p in ("reward", "reward.judge", "steering", "kernel", "objective", "source") for name in arguments
+            f"{p}.{name}"
+            for p in ("reward", "reward.judge", "steering", "kernel", "objective", "source", "encoder", "head", "loss")
+            for name in arguments
         ]
         fields = [o.rpartition(".")[2] for o in options]
         return {*options, *fields, *(cls.__name__ for cls in classes), *arguments, *prefixed}
