@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .base import Prompt, Reward, Scores
+from .base import Features, Prompt, Reward, Scores
 from .judging import published
 from .loading import fill, find, loading, read_weights
 from .preprocess import Quantize
@@ -84,20 +84,19 @@ class HPSv3(Reward):
         self.freeze()
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Scores:
-        asked = published("hpsv3", "image")
-        texts = [
-            render(
-                self.processor, [{"type": "image"}, {"type": "text", "text": asked.replace("{prompt}", prompt.text)}]
-            )
-            for prompt in prompts
-        ]
+        state = self.embed(media, prompts).joint
+        mu, s = self.head(state.to(next(self.head.parameters()).dtype)).unbind(dim=-1)
+        return Scores(mu, {"sigma": s.exp()})
+
+    def embed(self, media: Tensor, prompts: list[Prompt]) -> Features:
+        asked = [self.question.replace("{prompt}", prompt.text) for prompt in prompts]
+        texts = [render(self.processor, [{"type": "image"}, {"type": "text", "text": text}]) for text in asked]
         inputs = self.reader(texts, [[image] for image in media])
         states = hidden(self.network, inputs, sequential=True)
         places = torch.arange(states.shape[1], device=states.device)
         last = (places * (inputs["input_ids"] == self.token)).amax(dim=1)
         state = states[torch.arange(len(states), device=states.device), last]
-        mu, s = self.head(state.to(next(self.head.parameters()).dtype)).unbind(dim=-1)
-        return Scores(mu, {"sigma": s.exp()})
+        return Features(state, state[:, :0])
 
 
 def read_head(weights: Mapping[str, Tensor], width: int, name: str) -> nn.Sequential:
