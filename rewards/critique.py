@@ -11,7 +11,8 @@ transformers' own LLaVA-OneVision; the names differ, and this file translates th
 image, not images made for given words: `Critique` makes a dialogue of the prompt, which nobody has validated on generated images.
 
 Deviations: the released evaluation shows the network the whole picture only, at 384 pixels, because it leaves a dimension out;
-training showed it the tiles too, and so does this. Vision layers are read off the weights; heads are 72 wide as in SigLIP.
+training showed it the tiles too, and so does this. The vision tower's config is published elsewhere: it is read off the
+weights and the tower's name; its heads are 72 wide as in SigLIP so400m.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isqrt, nan
+from math import nan
 from statistics import pstdev
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from .base import Prompt, Reward, Scores
 from .judging import Ask, Judge, published
 from .loading import fill, folder, loading, pretrained_tokenizer, read_model
 from .localjudge import LocalJudge
+from .preprocess import HALF
 
 __all__ = ["Assessor", "Critique", "MMRLHFJudge"]
 
@@ -129,7 +131,9 @@ def read_config(model: str, weights: dict[str, Tensor], tokenizer: Any) -> Any:
             for name in ("patch_embedding", "position_embedding")
         )
         layers = {int(k.split(".")[4]) for k in weights if k.startswith("model.vision_tower.encoder.layers.")}
-        size = isqrt(len(places)) * patches.shape[-1]
+        size = int(re.findall(r"-(\d+)$", flat["mm_vision_tower"])[0])  # google/siglip-so400m-patch14-384
+        if (size // patches.shape[-1]) ** 2 != len(places):
+            raise ValueError(f"{flat['mm_vision_tower']} sees {size} pixels, but there are {len(places)} places")
         vision = SiglipVisionConfig(
             hidden_size=len(patches),
             intermediate_size=len(weights["model.vision_tower.encoder.layers.0.mlp.fc1.weight"]),
@@ -164,10 +168,11 @@ def processor_of(config: Any, tokenizer: Any) -> Any:
 
     vision = config.vision_config
     side = {"height": vision.image_size, "width": vision.image_size}
+    look = {"size": side, "image_mean": list(HALF), "image_std": list(HALF)}  # SigLIP's, not the class's default
     return LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=config.image_grid_pinpoints),
+        LlavaOnevisionImageProcessor(**look, image_grid_pinpoints=config.image_grid_pinpoints),
         tokenizer,
-        LlavaOnevisionVideoProcessor(size=side),
+        LlavaOnevisionVideoProcessor(**look),
         num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
         vision_feature_select_strategy="full",
         vision_aspect_ratio=config.vision_aspect_ratio,

@@ -16,7 +16,7 @@ from rewards import Ask, Critique, MMRLHFJudge
 from rewards.critique import Assessor, processor_of
 from tests.rewards import tiny, tiny_vlm
 from tests.rewards.scribe import Scribe, bright
-from tests.rewards.tiny_critique import TILES, save_mmrlhf
+from tests.rewards.tiny_critique import save_mmrlhf
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ class TestMMRLHF:
     def test_the_network_is_the_one_that_was_saved(self, made, judge):
         own, found = made[1].state_dict(), judge.network.state_dict()
         assert own.keys() == found.keys() and all(torch.equal(own[name], found[name]) for name in own)
-        assert judge.network.config.image_grid_pinpoints == TILES
+        assert judge.network.config.image_grid_pinpoints == [[30, 30], [30, 60], [60, 30], [60, 60]]
         assert judge.network.config.text_config.rope_parameters["rope_theta"] == 1e6
 
     def test_the_dialogue_is_chatml(self, judge):
@@ -62,6 +62,17 @@ class TestMMRLHF:
         dense = torch.tanh(head["rm_head.dense.weight"] @ state + head["rm_head.dense.bias"])
         expected = head["rm_head.out_proj.weight"] @ dense + head["rm_head.out_proj.bias"]
         torch.testing.assert_close(judge.assess([ask], ["a red cat"]), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("size", "reward", "tolerance"), [((384, 384), 0.3616091609, 1e-5), ((600, 400), 0.4156872034, 2e-3)]
+    )
+    def test_the_published_code_gives_the_same(self, tmp_path, size, reward, tolerance):
+        """Recorded from MM-RLHF's LlavaQwenForCausalLM (commit 7c8af1d, rm_forward, tiles as in training) with these weights and
+        pictures; it resizes in PIL, transformers in torch, which tells where a picture is resized."""
+        save_mmrlhf(tmp_path, side=384)
+        image = (255 * tiny.natural(1, *size, seed=size[0])[0]).round() / 255
+        found = MMRLHFJudge(str(tmp_path), dtype="float32").assess([Ask("What is it?", (image,))], ["It is a red cat"])
+        assert found.item() == pytest.approx(reward, abs=tolerance)
 
     def test_words_are_those_of_the_network(self, made, judge):
         asks = [Ask("what is this?", (image,)) for image in tiny.natural(2, 40, 60)]

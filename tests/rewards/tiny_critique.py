@@ -17,11 +17,10 @@ LLAVA_NEXT = (
     (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
     (r"^model\.language_model\.", "model."),
 )
-TILES = [[28, 28], [28, 56], [56, 28], [56, 56]]
 
 
-def save_mmrlhf(folder: Path) -> Any:
-    """Writes the folder; the same network by transformers' own names, as made."""
+def save_mmrlhf(folder: Path, side: int = 30) -> Any:
+    """Writes the folder, for tiles of `side` pixels; the same network by transformers' own names, as made."""
     from safetensors.torch import save_file
     from transformers import (
         LlavaOnevisionConfig,
@@ -35,11 +34,11 @@ def save_mmrlhf(folder: Path) -> Any:
     flat = {**tiny_vlm.TEXT, "vocab_size": len(tokens) + 9, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
     vision = {"hidden_size": 72, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 1}
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**vision, image_size=28, patch_size=14, vision_use_head=False),
+        vision_config=SiglipVisionConfig(**vision, image_size=side, patch_size=14, vision_use_head=False),
         text_config=Qwen2Config.from_dict({**flat, "model_type": "qwen2"}),
         image_token_index=len(tokens),
         video_token_index=len(tokens) + 1,
-        image_grid_pinpoints=TILES,
+        image_grid_pinpoints=[[side * i, side * j] for i in (1, 2) for j in (1, 2)],
     )
     network = LlavaOnevisionForConditionalGeneration(config).eval()
     tiny_vlm.loud(network)
@@ -59,6 +58,10 @@ def save_mmrlhf(folder: Path) -> Any:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     published = {"model_type": "llava_qwen", "architectures": ["LlavaQwenForCausalLM"], "is_rm": True}
     published |= {"image_grid_pinpoints": "(1x1),...,(2x2)", "image_aspect_ratio": "anyres_max_9"}
-    published |= {"mm_projector_type": "mlp2x_gelu", "tie_word_embeddings": False}
+    published |= {
+        "mm_vision_tower": f"tiny/siglip-patch14-{side}",
+        "mm_projector_type": "mlp2x_gelu",
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps({**published, **flat}))
     return network
