@@ -29,7 +29,10 @@ def example(reward: Reward) -> tuple[Tensor, list[Prompt]]:
             sum(torch.sin(2 * torch.pi * f * time_) for f in chord) / 4
             for chord in ((220,), (440, 660), (880,), (130, 165, 196))
         ]
-        media = torch.stack([tone[None] for tone in tones])  # type: ignore[union-attr]
+        room = torch.randn(
+            4, 1, len(time_), generator=torch.Generator().manual_seed(0)
+        )  # no recording is silent beside its tones
+        media = torch.stack([tone[None] for tone in tones]) + 0.003 * room  # type: ignore[union-attr]
         texts = ["a low hum", "two notes of a flute", "a high beep", "an organ chord"]
     elif reward.modality == "tokens":
         media, texts = torch.arange(32).view(4, 8), ["one", "two", "three", "four"]
