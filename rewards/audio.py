@@ -311,7 +311,7 @@ class Clipping(Reward):
         self.threshold = threshold
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:
-        return -(media.abs() >= self.threshold).float().mean(dim=(1, 2))
+        return 0 - (media.abs() >= self.threshold).float().mean(dim=(1, 2))
 
 
 class Silence(Reward):
@@ -348,4 +348,4 @@ class Silence(Reward):
                 f"{self.name} needs at least one piece of {self.samples} samples; got {media.shape[2]}: pass a shorter piece"
             )
         power = at_least_float32(media).square().mean(dim=1).unfold(1, self.samples, self.samples).mean(dim=2)
-        return -(power < 10 ** (self.threshold / 10)).float().mean(dim=1)
+        return 0 - (power < 10 ** (self.threshold / 10)).float().mean(dim=1)
