@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Prompt, Reward, Scores
-from .loading import expand, imported, loading, pretrained, pretrained_tokenizer
-from .preprocess import IMAGENET_MEAN, IMAGENET_STD, from_image_processor
+from .loading import expand, imported, pretrained, pretrained_tokenizer
+from .preprocess import IMAGENET_MEAN, IMAGENET_STD, pretrained_preprocess
 
 __all__ = ["Found", "GenEval", "Verdict", "benchmark", "judge", "relations"]
 
@@ -299,7 +299,7 @@ class GenEval(Reward):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         super().__init__()
-        from transformers import AutoImageProcessor, CLIPModel
+        from transformers import CLIPModel
 
         if variant not in ("correct", "strict", "dense"):
             raise ValueError(f"variant must be correct, strict or dense; got {variant!r}")
@@ -310,9 +310,7 @@ class GenEval(Reward):
             self.detector = imported(detector) if isinstance(detector, str) else detector
         self.clip = pretrained(CLIPModel, clip).to(getattr(torch, dtype))
         self.tokenizer: Any = pretrained_tokenizer(clip)
-        with loading(clip, "preprocessor_config.json"):
-            images = AutoImageProcessor.from_pretrained(expand(clip))
-        self.preprocess = from_image_processor(images.to_dict(), "hard")
+        self.preprocess = pretrained_preprocess(clip, "hard")
         self.remembered: dict[str, Tensor] = {}
         self.freeze()
 

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward, Scores
-from .loading import expand, loading, pretrained
-from .preprocess import Preprocess, Quantize, from_image_processor
+from .loading import pretrained
+from .preprocess import Quantize, pretrained_preprocess
 
 __all__ = ["Safety", "SafetyChecker"]
 
@@ -82,7 +82,7 @@ class Safety(Reward):
         self.safe = [i for i, label in enumerate(labels) if label not in unsafe]
         if not set(unsafe) <= set(labels) or not self.unsafe or not self.safe:
             raise ValueError(f"unsafe must name some and not all of the labels {labels} of {model}; got {unsafe}")
-        self.preprocess = preprocessing(model, quantize)
+        self.preprocess = pretrained_preprocess(model, quantize)
         self.differentiable = self.preprocess.differentiable
         self.spelling = spelling
         self.freeze()
@@ -136,7 +136,7 @@ class SafetyChecker(Reward):
         for name in ("concept_embeds", "special_care_embeds"):
             self.register_buffer(name, F.normalize(getattr(network, name).detach().float(), dim=1))
             self.register_buffer(f"{name}_weights", getattr(network, f"{name}_weights").detach().float())
-        self.preprocess = preprocessing(model, quantize)
+        self.preprocess = pretrained_preprocess(model, quantize)
         self.strict = strict
         self.differentiable = self.preprocess.differentiable and not strict
         self.freeze()
@@ -162,11 +162,3 @@ class SafetyChecker(Reward):
 def exceeded(violations: Tensor) -> Tensor:
     """Whether any violation is positive after rounding to 3 decimals: (B, K) -> (B,) of 0 and 1."""
     return ((1000 * violations.detach()).round() > 0).any(1).to(violations.dtype)
-
-
-def preprocessing(model: str, quantize: Quantize) -> Preprocess:
-    from transformers import AutoImageProcessor
-
-    with loading(model, "preprocessor_config.json"):
-        images = AutoImageProcessor.from_pretrained(expand(model))
-    return from_image_processor(images.to_dict(), quantize)
