@@ -134,9 +134,10 @@ def share(text: str | None, noun: str, labels: Sequence[str]) -> float | None:
     return statistics.fmean(shares)
 
 
-def spread_out(video: Tensor, count: int) -> tuple[Tensor, ...]:
-    """At most `count` frames of a (F, 3, H, W) video at equal distances, as images."""
-    return tuple(video[i] for i in sorted({i * len(video) // count for i in range(count)}))
+def spread_out(video: Tensor, count: int, ends: bool = False) -> tuple[Tensor, ...]:
+    """At most `count` > 1 frames of a (F, 3, H, W) video at equal distances, as images; with `ends` up to the last one."""
+    span, steps = (len(video) - 1, count - 1) if ends else (len(video), count)
+    return tuple(video[i] for i in sorted({i * span // steps for i in range(count)}))
 
 
 def within(value: float, low: float, high: float) -> float | None:

@@ -40,8 +40,10 @@ READERS: dict[str, Callable[[str | None, str], float | None]] = {
     "think3": answered,
     "flex": winner,
 }
-TOKENS = {"rank": 512, "share": 512, "think": 4096, "think3": 4096, "flex": 8192}
-FRAMES = {"share": 8, "think3": 8, "flex": 8}  # of each video, sent as images by the released scripts
+SPOKEN, REASONED = 1024, 4096  # tokens that the released scripts allow at most
+FRAMES = 8  # of each video, sent as images by the released scripts of newer models
+WHOLE = ("rank", "think")  # forms that send the video itself
+ENDS = ("think3", "flex")  # forms whose frames include the last
 
 
 class WinRate(Reward):
@@ -70,7 +72,7 @@ class WinRate(Reward):
         swap: whether each pair is shown in both orders.
         samples: judgements a pair and order, averaged.
         temperature: at which they are drawn; 0 takes the most probable words.
-        max_tokens: length at which an answer is cut; None takes the published one, or 512.
+        max_tokens: length at which an answer is cut; None takes 1024 for `rank` and 4096 for the others.
         modality: what is judged.
 
     Raises:
@@ -97,10 +99,9 @@ class WinRate(Reward):
         if samples < 1 or (samples > 1 and temperature <= 0):
             raise ValueError(f"samples must be 1, or drawn at a temperature above 0; got {samples} at {temperature}")
         self.judge, self.swap, self.samples, self.temperature = judge, swap, samples, temperature
-        self.max_tokens = TOKENS[form] if max_tokens is None else max_tokens
-        self.modality = modality
+        self.max_tokens = max_tokens or (SPOKEN if form == "rank" else REASONED)
+        self.modality, self.form = modality, form
         self.read = READERS[form]
-        self.frames = FRAMES.get(form, 0) if modality == "video" else 0
         self.question = published("unifiedreward", f"{modality}_{form}")
         self.freeze()
 
@@ -131,4 +132,6 @@ class WinRate(Reward):
 
     def show(self, media: Tensor) -> tuple[Tensor, ...]:
         """A sample as the judge sees it."""
-        return spread_out(media, self.frames) if self.frames else (media,)
+        if media.ndim == 3 or self.form in WHOLE:
+            return (media,)
+        return spread_out(media, FRAMES, self.form in ENDS)

@@ -192,4 +192,5 @@ def test_votes_of_failures_are_nan_and_ties_go_to_the_lower():
 def test_frames_at_equal_distances():
     video = torch.arange(10.0).view(10, 1, 1, 1).expand(-1, 3, 2, 2)
     assert [frame[0, 0, 0].item() for frame in spread_out(video, 4)] == [0, 2, 5, 7]
-    assert len(spread_out(video, 16)) == 10
+    assert [frame[0, 0, 0].item() for frame in spread_out(video, 4, ends=True)] == [0, 3, 6, 9]
+    assert len(spread_out(video, 16)) == len(spread_out(video, 16, ends=True)) == 10

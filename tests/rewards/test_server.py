@@ -98,7 +98,7 @@ class TestRequests:
         with Faulty(lambda body, _: (0.05, said(body["messages"][0]["content"][0]["text"]))) as server:
             texts = [str(i) for i in range(12)]
             assert judge(server, concurrency=3).write([Ask(text) for text in texts]) == texts
-        assert server.most == 3
+        assert 1 < server.most <= 3
 
     def test_works_where_a_loop_runs(self):
         async def cell() -> list[str | None]:
@@ -186,13 +186,13 @@ class TestFaults:
         assert len(told) == 1 and served.failures == 2
 
     def test_slow_answers_do_not_hold_up_quick_ones(self):
-        plan = lambda body, _: (3.0 if body["messages"][0]["content"][0]["text"] == "slow" else 0.0, said("fine"))  # noqa: E731
+        plan = lambda body, _: (30.0 if body["messages"][0]["content"][0]["text"] == "slow" else 0.0, said("fine"))  # noqa: E731
         with Faulty(plan) as server:
-            served = judge(server, timeout=0.8)
+            served = judge(server, timeout=2.0)
             begun = time.perf_counter()
-            with pytest.warns(UserWarning, match="no answer within 0.8 s"):
+            with pytest.warns(UserWarning, match="no answer within 2 s"):
                 assert served.write([Ask("slow"), Ask("quick")]) == [None, "fine"]
-            assert time.perf_counter() - begun < 2.5
+            assert time.perf_counter() - begun < 20
 
     def test_a_server_that_dies_in_between(self):
         with Faulty(lambda *_: said("fine")) as server:
