@@ -45,7 +45,7 @@ class Parts:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
         self.folder, self.manifest, self.names = folder, dict(manifest), list(names)
         self.known: dict[int, dict[str, Any]] = {}
-        self.begun = self.refreshed = time.monotonic()
+        self.refreshed = time.monotonic()
         self.done = self._chunks()
 
     def write(self, chunk: int, rows: Sequence[Mapping[str, Any]]) -> None:

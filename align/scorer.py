@@ -26,8 +26,8 @@ class Scorer:
 
     Args:
         panel: rewards by name, on the device they are on.
-        on_error: "nan" gives rows that cannot be read or judged NaN and the reason; "unread" stops at those that cannot be read,
-            "stop" at both.
+        on_error: "nan" gives rows that cannot be read or judged NaN and the reason; "unread" stops at an image that cannot be read
+            or a prompt that is missing, "stop" at whatever has no score.
         tick: called with the number of rows and of errors of every batch.
 
     Raises:
