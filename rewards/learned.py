@@ -81,8 +81,7 @@ class Learned(Reward):
             )
         self.folder, self.config = str(folder), config
         self.users: list[str] = config["users"]
-        self.head: Head = getattr(heads, config["head"]["class_path"].rpartition(".")[2])(**config["head"]["init_args"])
-        self.head.shape(*config["widths"])
+        self.head = _head(config["head"], model).shape(*config["widths"])
         self.encoder = encoder if encoder is not None else _encoder(config["encoder"], model)
         if lora := config.get("lora"):
             self.encoder = copy.deepcopy(self.encoder) if encoder is not None else self.encoder
@@ -189,6 +188,9 @@ def add_lora(encoder: Reward, rank: int, alpha: float, targets: Sequence[str]) -
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # pyright: ignore
     inject_adapter_in_model(config, encoder)
+    for name, parameter in encoder.named_parameters():
+        if "lora_" in name:  # learned in full precision over a base of any
+            parameter.data = parameter.data.float()
     encoder.freeze()
 
 
@@ -231,11 +233,20 @@ def _folder(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=[CONFIG, WEIGHTS]))
 
 
+def _head(description: Mapping[str, Any], model: str) -> Head:
+    """The recorded head."""
+    path = description["class_path"]
+    cls = getattr(heads, path.removeprefix(f"{heads.__name__}."), None)
+    if not (isinstance(cls, type) and issubclass(cls, Head) and cls is not Head):
+        raise ValueError(f"{model} has a head {path}, which this version does not know: train it again, or update")
+    return cls(**description["init_args"])
+
+
 def _encoder(description: Mapping[str, Any], model: str) -> Reward:
-    """The recorded encoder; a class of this package, so that a folder runs no one else's code."""
+    """The recorded encoder; a class of this package that shows features, so that a folder runs no one else's code."""
     path = description["class_path"]
     cls = imported(path) if path.startswith(f"{__package__}.") else None
-    if not (isinstance(cls, type) and issubclass(cls, Reward)):
+    if not (isinstance(cls, type) and issubclass(cls, Reward) and cls.embed is not Reward.embed):
         raise ValueError(
             f"{model} was trained on {path}, which is not a reward of kilter: make it and pass it as encoder="
         )

@@ -59,13 +59,13 @@ def parser() -> Parser:
 
 def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     how: dict[str, Any] = {"out": options.out, "columns": options.columns, "overwrite": options.overwrite}
+    device = usable(options.device) if options.device else best_device()
     if options.adapt:
-        folder = adapt_reward(options.adapt, options.preferences, progress=True, **how)
+        folder = adapt_reward(options.adapt, options.preferences, device=str(device), progress=True, **how)
         users = json.loads((folder / "config.json").read_text())["users"]
         print(f"wrote {folder}, which knows {len(users)} people", file=sys.stderr)
         return 0
     built = parser.instantiate(parsed)["train-reward"]
-    device = usable(options.device) if options.device else best_device()
     learned = train_reward(
         options.preferences,
         built.encoder.to(device),

@@ -26,6 +26,7 @@ def adapt_reward(
     out: str | Path | None = None,
     columns: Columns | None = None,
     encoder: Reward | None = None,
+    device: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -39,6 +40,7 @@ def adapt_reward(
         out: the folder to write; the next free runs/NNN by default. It may be `model` itself with `overwrite`.
         columns: of parquet.
         encoder: in place of the recorded one.
+        device: of the encoder; the CPU by default.
 
     Returns:
         The folder.
@@ -56,7 +58,7 @@ def adapt_reward(
     new = [(row, name) for row, name in new if bool((judge == row).any())]
     if not new:
         raise ValueError(f"nobody in {preferences} is new to {model} and has decided a pair")
-    encodings = encode(learned.encoder, data.samples, progress=progress)
+    encodings = encode(learned.encoder.to(device or "cpu"), data.samples, progress=progress)
     codes = []
     for row, _ in new:
         mine = decided[judge == row]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rewards import CLIPScore, Ensemble, Prompt
+from rewards import CLIPScore, CrossEncoder, Ensemble, HPSv3, Prompt, as_prompts
 from rewards.heads import MLP, PAL
-from rewards.learned import Learned
-from tests.rewards import tiny
+from rewards.learned import Learned, encoded
+from tests.rewards import tiny, tiny_vlm
 from tests.rewards.tiny_learned import TEXTS, save_learned
 
 
@@ -120,6 +120,14 @@ def test_folders_that_do_not_fit_are_refused(pal: str, tmp_path: Path):
     foreign = {"class_path": "os.system", "init_args": {"command": "true"}}
     with pytest.raises(ValueError, match="pass it as encoder="):
         Learned(changed(pal, tmp_path / "foreign", encoder=foreign))
+    with pytest.raises(ValueError, match="pass it as encoder="):  # it shows no features, and could import anything
+        Learned(
+            changed(
+                pal, tmp_path / "callable", encoder={"class_path": "rewards.adapters.FromCallable", "init_args": {}}
+            )
+        )
+    with pytest.raises(ValueError, match="head os"):
+        Learned(changed(pal, tmp_path / "head", head={"class_path": "os", "init_args": {}}))
     gone = {"class_path": "rewards.clip.CLIPScore", "init_args": {"model": str(tmp_path / "gone")}}
     with pytest.raises(OSError, match="if it lies elsewhere now"):
         Learned(changed(pal, tmp_path / "moved", encoder=gone))
@@ -128,3 +136,23 @@ def test_folders_that_do_not_fit_are_refused(pal: str, tmp_path: Path):
     save_file({k: v for k, v in weights.items() if k != "head.prototypes"}, lost / "model.safetensors")
     with pytest.raises(ValueError, match="lacks prototypes"):
         Learned(str(lost))
+
+
+def test_a_head_reads_a_vision_language_model_too(vlm_folders: dict[str, Path], tmp_path: Path):
+    """A linear head that copies HPSv3's own first layers scores in its order."""
+    qwen = str(vlm_folders["qwen2_vl"])
+    checkpoint = str(tiny_vlm.save_hpsv3(tmp_path, Path(qwen)))
+    encoder = HPSv3(checkpoint, qwen, dtype="float32", pixels=56 * 84)
+    media, prompts = PICTURES[:3], as_prompts(TEXTS[:3])
+    state = encoded(encoder, media, prompts).joint
+    assert torch.allclose(encoder.head(state)[:, 0], encoder(media, prompts), atol=1e-5)
+    folder = save_learned(tmp_path / "learned", encoder, qwen, MLP(hidden=()))
+    assert torch.isfinite(Learned(str(folder), encoder=encoder)(media, prompts)).all()
+
+
+def test_the_embedded_reward_is_an_encoder():
+    encoder = CrossEncoder()
+    media, prompts = PICTURES[:3], as_prompts(["a red circle", "two stars", "a ring"])
+    state = encoded(encoder, media, prompts).joint
+    own = (encoder.network.head(state).squeeze(-1) - encoder.mean) / encoder.std
+    assert torch.allclose(own, encoder(media, prompts), atol=1e-5)
