@@ -62,16 +62,8 @@ def assert_close(one: dict, other: dict, name: str) -> None:
         theirs = other["weights"] if who == "policy" else other["voices"][who]
         torch.testing.assert_close(theirs, voice, rtol=close, atol=close)
     for mine, theirs in zip(one["log"], other["log"], strict=True):
-        for name in mine.keys() & {
-            "multiplier_home",
-            "loss",
-            "grad_norm",
-            "reward",
-            "reward_std",
-            "baseline",
-            "weight_squared",
-            "items",
-        }:
+        alike = {"loss", "grad_norm", "reward", "reward_std", "baseline", "weight_squared", "items", "multiplier_home"}
+        for name in mine.keys() & alike:
             assert theirs[name] == pytest.approx(mine[name], rel=1e-6), name
     for (_, mine), (_, theirs) in zip(one["evaluations"], other["evaluations"], strict=True):
         torch.testing.assert_close(theirs["scores"], mine["scores"], equal_nan=True)

@@ -181,6 +181,22 @@ def test_videos_are_read_and_judged_by_aspect(tmp_path: Path) -> None:
         load_video(Media("c.gif", tmp_path / "c.gif"), 2)
 
 
+def test_encoded_videos_are_read_by_the_extra(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 32
+        for value in (0.2, 0.4, 0.6, 0.8):
+            picture = Image.new("RGB", (32, 32), (round(255 * value),) * 3)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    video = load_video(Media("a.mp4", tmp_path / "a.mp4"), 3)
+    assert video.shape == (3, 3, 32, 32)
+    assert video.mean((1, 2, 3)).tolist() == pytest.approx(
+        [0.2, 0.6, 0.8], abs=0.03
+    )  # of frames 0, 2 (1.5 rounded) and 3
+
+
 def test_each_picture_is_scored_once_for_each_of_its_prompts() -> None:
     reward = Level()
     pairs = [pair(0.1, 0.5, "b"), pair(0.5, 0.9, "b"), pair(0.9, 0.1, "a"), pair(0.1, 0.5, "b", "q")]
