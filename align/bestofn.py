@@ -8,9 +8,9 @@ by the proxy (i = 1 … N),
 an unbiased estimate for every n ≤ N with far less variance than drawing subsets. The policy "best of n" is at most
 log n - (n-1)/n nats from the one it samples from. Where E_n turns downward the proxy is being over-optimised.
 
-Sources: Stiennon et al., 2009.01325, and Nakano et al., "WebGPT", 2021, arXiv 2112.09332, appendix I, for the estimate and the
-divergence; Gao et al., "Scaling Laws for Reward Model Overoptimization", 2022, arXiv 2210.10760; Beirami et al., 2401.01879: the
-divergence is a bound.
+Sources: the estimate: Nakano et al., "WebGPT", 2021, arXiv 2112.09332; the divergence: Stiennon et al., "Learning to summarize from
+human feedback", 2020, arXiv 2009.01325, a bound by Beirami et al., 2024, arXiv 2401.01879; the use: Gao et al., "Scaling Laws for
+Reward Model Overoptimization", 2022, arXiv 2210.10760.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ Sources: log-sigmoid centring: Wang et al., "Transforming and Combining Rewards 
 other rewards are brought to logits by the temperature. Clip and Delta: Gao et al., "On Designing Effective RL Reward at Training
 Time for LLM Reasoning", 2024, arXiv 2410.15115: `Clipped(Delta(r, threshold), high=0)` is its min(r - threshold, 0); its
 difference of consecutive steps becomes, for a sample made in one go, the difference from a baseline. Saturation min(r, threshold)
-is `Clipped(r, high=threshold)`. Standardising within a prompt before adding: DeepSeekMath, 2024, arXiv 2402.03300, does so after.
+is `Clipped(r, high=threshold)`. GRPO (DeepSeekMath, 2024, arXiv 2402.03300) standardises the sum of rewards within a prompt, where
+the one that varies most decides; `Standardised(over="prompt")` does so to each before they are added.
 
 An advantage that compares the samples of a prompt does not see an affine change of the whole reward; what these change is how
 rewards mix, and whatever compares prompts or tilts by the absolute value.
