@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from rewards import Reward
 
-from ..loading import usable
+from ..ahead import pixels
+from ..loading import best_device, usable
+from ..media import Media, load_rgb
 from ..parsing import FAILED, Parser
 from ..prompts import read_prompts
 
@@ -26,7 +29,9 @@ def parser() -> Parser:
         description="Check a reward: invariances, gradients, errors, cost. Exit code 1 if a law is broken."
     )
     options.add_argument("--config", action=ActionConfigFile, help="YAML with any of these options")
-    options.add_argument("--reward", type=Reward, required=True, help="name or dotted path; may stand alone as first word")
+    options.add_argument(
+        "--reward", type=Reward, required=True, help="name or dotted path; may stand alone as first word"
+    )
     options.add_argument("--images", nargs="+", type=str, default=[], help="image files to try it on")
     options.add_argument("--prompts", nargs="+", type=str, default=[], help="one an image, or a file of prompts")
     options.add_argument("--tolerance", type=float, default=1e-4, help="by which equal scores may differ")
@@ -37,7 +42,7 @@ def parser() -> Parser:
         "--rounding", type=Optional[float], help="allowed move of 8-bit images, in spreads of the scores"
     )
     options.add_argument("--trained", type=bool, default=True, help="whether the weights mean anything")
-    options.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …")
+    options.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …; a GPU if there is one")
     options.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     return options
 
@@ -52,7 +57,7 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     if options.images:
         media, prompts = _stacked(options.images), read_prompts(options.prompts)
     allowed = {name: options[name] for name in ("tolerance", "size", "rounding", "trained")}
-    findings = check(reward, media.to(usable(options.device or "cpu")), prompts, **allowed)
+    findings = check(reward, media.to(usable(options.device or best_device())), prompts, **allowed)
     for finding in findings:
         if options.json:
             print(json.dumps(asdict(finding)))
@@ -65,11 +70,7 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
 
 def _stacked(paths: list[str]) -> Tensor:
     """Images of one size: (B, 3, H, W)."""
-    from torchvision.transforms.functional import pil_to_tensor
-
-    from ..scoring import load_image
-
-    images = [pil_to_tensor(load_image(path)).float() / 255 for path in paths]
+    images = [pixels(load_rgb(Media(path, Path(path)))).float() / 255 for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             sizes = " and ".join("{2} x {1}".format(*i.shape) for i in (images[0], image))

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from align.cli import main
@@ -223,3 +224,13 @@ def test_the_command_reports_and_fails_as_the_laws_do(capsys, tmp_path) -> None:
     assert main(["check-reward", "Brightness", "--images", "a.png"]) == 2
     assert main(["check-reward", "Sharpness", "--size", "0.01"]) == 1
     assert "sizes           BROKEN" in capsys.readouterr().out
+    for i, size in enumerate(((40, 30), (40, 30), (50, 30))):
+        tiny_picture(i, size).save(tmp_path / f"{i}.png")
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    assert main(["check-reward", "Brightness", "--images", *files[:2], "--prompts", "a", "b"]) == 0
+    assert main(["check-reward", "Brightness", "--images", *files, "--prompts", "a", "b", "c"]) == 2
+    assert "40 x 30 and 50 x 30" in capsys.readouterr().err.replace("\n", " ")
+
+
+def tiny_picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    return Image.effect_noise(size, 40 + 20 * seed).convert("RGB")
