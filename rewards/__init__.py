@@ -6,6 +6,7 @@ from .audio import CLAPScore, Clipping, Loudness, Silence
 from .base import Modality, Prompt, Reward, Scores, as_prompts, facts
 from .clip import CLIPScore, PickScore
 from .combine import Batched, Framewise, Product, Weighted
+from .consistency import Action, BackgroundConsistency, SubjectConsistency
 from .constraints import Constrained
 from .critique import Assessor, Critique, MMRLHFJudge
 from .crossencoder import CrossEncoder
@@ -43,9 +44,11 @@ KILTER = True  # lets `align` recognise a stranger's package of the same name
 
 __all__ = [
     "MPS",
+    "Action",
     "Aesthetic",
     "Ask",
     "Assessor",
+    "BackgroundConsistency",
     "Batched",
     "Brightness",
     "CLAPScore",
@@ -103,6 +106,7 @@ __all__ = [
     "SmoothJPEGSize",
     "SocialReward",
     "Standardised",
+    "SubjectConsistency",
     "TemporalFlickering",
     "UnifiedReward",
     "VQAScore",
