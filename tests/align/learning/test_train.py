@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import align
 from align.cli import main
 from align.data import read_feedback
 from align.learning import (
@@ -30,6 +31,8 @@ from align.learning.encodings import pixels
 from benchmarks import tastes
 from rewards import Brightness, CLIPScore, Prompt
 from rewards.learned import Learned
+from rewards.shapes import detect
+from samplers import BestOfN
 from tests.align.learning.conftest import PEOPLE, World
 
 QUICK: dict[str, Any] = {"batch": 2, "epochs": 25, "patience": 6, "learning_rate": 1e-3, "weight_decay": 0.1}
@@ -291,3 +294,18 @@ def test_prompts_carry_the_person_into_the_score(pal, world: World):
     red = shown(world, "red").expand(2, -1, -1, -1)
     scores = Learned(str(pal.folder))(red, [Prompt("a square", meta={"annotator": who}) for who in ("red-0", "blue-0")])
     assert scores[0] > scores[1] + 0.5
+
+
+def test_a_learned_taste_steers_the_embedded_model(pal):
+    """The pictures taken for each person are worth more to them than the average one, by how they are known to choose."""
+    prompts, policy = ["a square", "a star"], align.load_policy(device="cpu")
+    result = align.steer(
+        policy, prompts, BestOfN(Learned(str(pal.folder), user="red-0")), particles=8, steps=8, seed=0, plain=False
+    )
+    drawn = torch.stack([s.pixels for s in result.arm()])
+    colors = [things[0].color for things in detect(drawn)]
+    taken = [i for i, s in enumerate(result.arm()) if s.best]
+    blue = Learned(str(pal.folder), user="blue-0")(drawn, [p for p in prompts for _ in range(8)]).view(2, 8).argmax(1)
+    for taste, rows in (("red", taken), ("blue", [int(blue[0]), 8 + int(blue[1])])):
+        worth = torch.tensor([tastes.TASTES[taste].get(color, 0.0) for color in colors])
+        assert worth[rows].mean() > worth.mean() + 1, taste
