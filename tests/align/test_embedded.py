@@ -50,6 +50,50 @@ def test_the_command_without_options_steers_the_embedded_model(tmp_path, capsys)
     assert all(set(s["scores"]) == {"CrossEncoder", "gold"} for s in printed["samples"])
 
 
+DUAL = """
+reward: {class_path: CLIPScore, init_args: {model: assets/tiny-clip, variant: cosine}}
+"""
+CAUTIOUS = """
+reward:
+  class_path: Weighted
+  init_args:
+    rewards:
+      liked:
+        class_path: Ensemble
+        init_args:
+          rule: uncertainty
+          penalty: 0.5
+          rewards:
+            - {class_path: CrossEncoder}
+            - class_path: Standardised
+              init_args: {reward: {class_path: CLIPScore, init_args: {model: assets/tiny-clip}}, mean: 10.0, std: 3.0}
+      matched:
+        class_path: LogSigmoid
+        init_args: {reward: CrossEncoder, reference: 0.5}
+    weights: {liked: 1.0, matched: 0.5}
+"""
+
+
+@pytest.mark.parametrize(("reward", "beta"), [(DUAL, 0.02), (CAUTIOUS, 0.5)], ids=["dual encoder", "composite"])
+def test_any_reward_steers(reward, beta, tmp_path, monkeypatch):
+    """What is steered by rises on the whole, from one file of settings."""
+    monkeypatch.chdir(HELDOUT.parents[2])
+    (tmp_path / "steer.yaml").write_text(f"{reward}steering: {{class_path: FeynmanKac, init_args: {{beta: {beta}}}}}\n")
+    prompts = ["a red circle left of a blue square", "three green stars", "a black ring", "a blue star above a red ring"]
+    command = ["steer", *prompts, "--config", str(tmp_path / "steer.yaml"), "--steps", "10", "--particles", "6"]
+    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+    rows = json.loads((tmp_path / "run" / "result.json").read_text())["samples"]
+    name = next(name for name in rows[0]["scores"] if name != "gold")
+    gains = []
+    for prompt in prompts:
+        plain, steered = (
+            [row["scores"][name] for row in rows if row["prompt"] == prompt and row["arm"] == arm]
+            for arm in ("plain", "steered")
+        )
+        gains.append(sum(steered) / len(steered) - sum(plain) / len(plain))
+    assert sum(gains) > 0
+
+
 @pytest.mark.slow
 def test_steering_raises_the_gold_reward_of_held_out_prompts(policy):
     """The reward is optimised, gold is not: the steered choice beats the unsteered mean by more than 3 standard errors."""
