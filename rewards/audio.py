@@ -31,6 +31,7 @@ from torch import Tensor
 from .base import Prompt, Reward, Scores
 from .dual import DType, DualEncoder, unit
 from .loading import expand, loading, pretrained, pretrained_tokenizer, warn_if_cut
+from .preprocess import at_least_float32
 
 __all__ = ["CLAPScore", "Clipping", "Loudness", "Silence"]
 
@@ -134,10 +135,6 @@ class CLAPScore(DualEncoder):
 def pooled(output: Any) -> Tensor:
     """The projected embedding: transformers 4 returns it, transformers 5 returns an object that holds it."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def positive(sample_rate: int) -> int:

@@ -18,6 +18,7 @@ and keeps its slope far from the goal.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from .base import Prompt, Reward
 from .loading import pretrained
-from .preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, resample
+from .preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, at_least_float32, resample
 
 __all__ = ["Action", "BackgroundConsistency", "SubjectConsistency"]
 
@@ -41,16 +42,14 @@ class Consistency(Reward):
     modality = "video"
     needs_prompt = False
 
+    @abstractmethod
     def features(self, frames: Tensor) -> Tensor:
         """Features of frames with values in [0, 1]: (B, 3, H, W) -> (B, D)."""
-        raise NotImplementedError
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:
         if media.shape[1] < 2:
             raise ValueError(f"{self.name} needs at least 2 frames; got {media.shape[1]}")
-        frames = media if media.dtype == torch.float64 else media.float()
-        found = self.features(frames.flatten(0, 1))
-        found = found if found.dtype == torch.float64 else found.float()
+        found = at_least_float32(self.features(at_least_float32(media).flatten(0, 1)))
         unit = F.normalize(found, dim=-1).unflatten(0, media.shape[:2])
         before = (unit[:, 1:] * unit[:, :-1]).sum(dim=-1).clamp(min=0)
         first = (unit[:, 1:] * unit[:, :1]).sum(dim=-1).clamp(min=0)
@@ -179,6 +178,5 @@ class Action(Reward):
         places = torch.linspace(0, media.shape[1] - 1, self.frames).round().long().tolist()
         pixels = self.preprocess(media[:, places].flatten(0, 1)).unflatten(0, (len(media), self.frames))
         logits: Any = self.network(pixel_values=pixels.to(self.network.dtype)).logits
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        scores = logits.log_softmax(dim=1).gather(1, index.clamp(min=0)[:, None])[:, 0]
+        scores = at_least_float32(logits).log_softmax(dim=1).gather(1, index.clamp(min=0)[:, None])[:, 0]
         return scores.masked_fill(index < 0, torch.nan)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .base import Prompt, Reward, Scores
 from .loading import fill, find, loading, read_weights
-from .preprocess import resample
+from .preprocess import at_least_float32, resample
 
 __all__ = ["DynamicDegree", "FrameDifference", "TemporalFlickering"]
 
@@ -108,10 +108,6 @@ def changes(reward: Reward, media: Tensor, order: int) -> Tensor:
 def at_least(reward: Reward, media: Tensor, frames: int) -> None:
     if media.shape[1] < frames:
         raise ValueError(f"{reward.name} needs at least {frames} frames; got {media.shape[1]}")
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class DynamicDegree(Reward):

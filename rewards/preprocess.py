@@ -52,6 +52,7 @@ __all__ = [
     "Policy",
     "Preprocess",
     "Quantize",
+    "at_least_float32",
     "budget_size",
     "from_image_processor",
     "from_open_clip",
@@ -74,6 +75,11 @@ HALF: Colour3 = (0.5, 0.5, 0.5)  # mean and std of SigLIP (arXiv 2303.15343) and
 
 ROUND_OFF = 1e-6  # a white image resampled must not lose its gradient to a last-bit overshoot
 MAX_ASPECT = 200  # Qwen-VL's own limit
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class Preprocess:
 
     def prepared(self, images: Tensor) -> Tensor:
         """What a call does, unless it has been done."""
-        x = self.store(images if images.dtype == torch.float64 else images.float())
+        x = self.store(at_least_float32(images))
         if self.policy == "expand2square":
             side = max(x.shape[-2:])
             # LLaVA fills with the mean colour truncated to 8 bits

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward
+from .preprocess import at_least_float32
 
 __all__ = ["Brightness", "Colour", "JPEGSize", "Sharpness", "SmoothJPEGSize"]
 
@@ -43,10 +44,6 @@ Aim = Literal["compressible", "incompressible"]
 def luminance(images: Tensor) -> Tensor:
     """Rec. 601 luma: (B, 3, H, W) -> (B, H, W)."""
     return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Brightness(Reward):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .base import Prompt, Reward, Scores
 from .judging import published
 from .loading import expand, fill, loading, read_model
-from .preprocess import Preprocess, Quantize, resample
+from .preprocess import Preprocess, Quantize, at_least_float32, resample
 from .qwen import Reader, backbone, chosen, hidden, native, render
 
 __all__ = ["VideoScore"]
@@ -192,7 +192,7 @@ class Idefics:
     def pixels(self, clips: Tensor) -> Tensor:
         """Resized and normalised frames: (B, F, 3, H, W) -> (B, F, 3, h, w)."""
         images = self.processor.image_processor
-        x = clips if clips.dtype == torch.float64 else clips.float()
+        x = at_least_float32(clips)
         size = within(x.shape[-2], x.shape[-1], images.size["shortest_edge"], images.size["longest_edge"])
         x = resample(self.store(x.flatten(0, 1)), size, "bilinear", store=self.store)
         mean, std = (x.new_tensor(list(v)).view(3, 1, 1) for v in (images.image_mean, images.image_std))

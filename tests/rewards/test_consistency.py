@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,9 @@ def test_scenes_are_seen_by_clip(clip_folder: str) -> None:
     for clip in CLIPS:
         x = resize(clip, [32], InterpolationMode.BICUBIC, antialias=False)
         with torch.no_grad():
-            found = model.get_image_features(pixel_values=normalised(center_crop(x, [32, 32]), CLIP_MEAN, CLIP_STD))
+            found: Any = model.get_image_features(
+                pixel_values=normalised(center_crop(x, [32, 32]), CLIP_MEAN, CLIP_STD)
+            )
         expected.append(by_frame(found if isinstance(found, Tensor) else found.pooler_output))
     torch.testing.assert_close(BackgroundConsistency(clip_folder)(CLIPS), torch.tensor(expected), rtol=0, atol=1e-4)
 
