@@ -71,10 +71,10 @@ def catalogue() -> list[Entry]:
 
 def table() -> str:
     """The catalogue in Markdown."""
-    rows = ["| reward | what it measures | gradient | range | weights and licence |", "|---|---|---|---|---|"]
+    rows = ["| reward | what it measures | gradient | weights and licence |", "|---|---|---|---|"]
     for e in catalogue():
         source = f"{e.weights}; {e.licence}" if e.weights else ""
-        cells = (f"`{e.name}`", e.title.rstrip("."), e.gradient, e.range, source)
+        cells = (f"`{e.name}`", e.title.rstrip("."), e.gradient, source)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
