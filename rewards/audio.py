@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward, Scores
-from .dual import DType, DualEncoder, unit
+from .dual import DType, DualEncoder, pooled, unit
 from .loading import expand, loading, pretrained, pretrained_tokenizer, warn_if_cut
 from .preprocess import at_least_float32
 
@@ -130,11 +130,6 @@ class CLAPScore(DualEncoder):
         power = spectrum.real.square() + spectrum.imag.square()
         mel = power.transpose(1, 2) @ self.get_buffer("filters").double()
         return (10 * mel.clamp(min=FLOOR).log10()).to(x.dtype)
-
-
-def pooled(output: Any) -> Tensor:
-    """The projected embedding: transformers 4 returns it, transformers 5 returns an object that holds it."""
-    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def positive(sample_rate: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dual import DType, DualEncoder, Variant
+from .dual import DType, DualEncoder, Variant, pooled
 from .loading import expand, fill, find, loading, pretrained, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
 from .preprocess import Quantize, pretrained_preprocess
 
@@ -158,8 +158,3 @@ def patches(pixels: Tensor, side: int) -> dict[str, Tensor]:
         "pixel_attention_mask": torch.ones(batch, grid[0] * grid[1], dtype=torch.long, device=pixels.device),
         "spatial_shapes": torch.tensor([grid] * batch),  # read one by one, so better not on the accelerator
     }
-
-
-def pooled(output: Any) -> Tensor:
-    """The projected embedding: transformers 4 returns it, transformers 5 returns an object that holds it."""
-    return output if isinstance(output, Tensor) else output.pooler_output

@@ -32,7 +32,7 @@ from torch import Tensor
 from .base import Features, Prompt, Reward
 from .preprocess import Preprocess
 
-__all__ = ["DType", "DualEncoder", "Variant", "projected", "unit"]
+__all__ = ["DType", "DualEncoder", "Variant", "pooled", "projected", "unit"]
 
 Variant = Literal["logit", "logit/100", "cosine", "clipscore", "torchmetrics", "sigmoid"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -141,6 +141,11 @@ class DualEncoder(Reward):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.remembered.clear()  # what was computed on another device or in another precision
         return super()._apply(fn, recurse)
+
+
+def pooled(output: Any) -> Tensor:
+    """The projected embedding: transformers 4 returns it, transformers 5 returns an object that holds it."""
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def unit(features: Tensor) -> Tensor:
