@@ -11,7 +11,7 @@ brightness constancy, I_t + v · ∇I = 0, gives in each small block
 
     |v| ~ mean |I_t| / sqrt(mean |∇I|² + ε²)
 
-exact for motion along a constant slope steeper than ε; what has no texture or moves further than its texture is long is
+exact for motion along a constant slope far above ε; what has no texture or moves further than its texture is long is
 underestimated, and flicker looks like motion. "raft" is RAFT, as in VBench, and sees large motion; it has no gradient here, for
 RAFT cuts its own between updates.
 
