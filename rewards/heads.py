@@ -215,6 +215,8 @@ class PAL(Head):
 class VPL(Head):
     """A latent person, read from the pairs they have judged.
 
+    Its loss rests for some epochs where people are not yet told apart: give the fit more patience than other heads need.
+
     Args:
         latent: the length of what stands for a person.
         hidden: width of all layers.

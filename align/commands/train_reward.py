@@ -35,7 +35,9 @@ def parser() -> Parser:
         "--loss", type=Loss, default={"class_path": "BradleyTerry"}, help="how far scores are from preferences"
     )
     options.add_class_arguments(FitConfig)
-    options.add_argument("--heldout", type=Optional[str], help="preferences to judge by, in place of a share held out")
+    options.add_argument(
+        "--heldout", type=Optional[str], help="preferences on other prompts to judge by, when all is decided"
+    )
     options.add_argument("--gold", type=Optional[Reward], help="a reward known to be right, for the best-of-n curve")
     options.add_argument(
         "--adapt",

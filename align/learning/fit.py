@@ -43,7 +43,7 @@ class FitConfig:
         people_rate: of what stands for each person in PAL, who is seen in few of the batches.
         weight_decay: of AdamW.
         patience: epochs without a better loss on what is held out, after which the fit stops.
-        holdout: share of the prompts held out, unless they are in a file of their own.
+        holdout: share of the prompts held out, which decide when to stop.
         balance: what counts equally: every term of the loss by its record's weight ("none"), every "prompt" (PickScore), or every
             "user" however much they said (PAL's weighted losses).
         bootstrap: each member of an ensemble sees its own sample of the prompts.

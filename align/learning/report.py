@@ -18,7 +18,7 @@ from ..agreement import accuracy, calibration_error, fit_temperature, log_loss, 
 from ..bestofn import best_of_n
 from .data import Comparisons
 
-__all__ = ["curve", "draw", "judged"]
+__all__ = ["curve", "draw", "judged", "temperature_of"]
 
 
 def curve(proxy: Tensor, gold: Tensor, prompt: Tensor) -> dict[str, list[float]]:
@@ -37,19 +37,22 @@ def curve(proxy: Tensor, gold: Tensor, prompt: Tensor) -> dict[str, list[float]]
     return {"n": n.tolist(), "kl": (n.log() - (n - 1) / n).tolist(), "proxy": own.tolist(), "gold": true.tolist()}
 
 
-def judged(scores: Tensor, raw: Tensor, data: Comparisons, brightness: Tensor) -> dict[str, Any]:
+def temperature_of(scores: Tensor, data: Comparisons) -> float:
+    """The temperature at which scores (R,) explain comparisons best."""
+    return fit_temperature(scores[data.first] - scores[data.second], (~data.tied).double())
+
+
+def judged(scores: Tensor, raw: Tensor, data: Comparisons, brightness: Tensor, temperature: float) -> dict[str, Any]:
     """Everything that comparisons say about scores.
 
     Args:
         scores: (R,) calibrated, of the rows, for whoever judged them.
         raw: (R,) before calibration.
         brightness: (R,) mean pixel.
+        temperature: of the scores, from other comparisons where there are any.
     """
     lead, raw_lead = (s[data.first] - s[data.second] for s in (scores, raw))
     label = (~data.tied).double()
-    if not bool(label.any()):
-        raise ValueError("every pair held out is a tie: hold out more, or give a file of preferences as heldout")
-    temperature = fit_temperature(lead, label)
     sure, right, count = reliability(lead, label, temperature)
     words = torch.tensor([len(data.samples[i].prompt.text.split()) for i in data.rows.tolist()])
     out = float(accuracy(lead, label))

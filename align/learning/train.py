@@ -31,7 +31,7 @@ from .encodings import Cached, Encodings, Live, encode, pixels
 from .fit import Fit, FitConfig, fit
 from .losses import BradleyTerry, Loss
 from .people import people_of
-from .report import curve, draw, judged
+from .report import curve, draw, judged, temperature_of
 
 __all__ = ["LearnedReward", "train_reward"]
 
@@ -78,7 +78,8 @@ def train_reward(
         head: how features become a score; `MLP()` by default.
         loss: `BradleyTerry()` by default.
         config: how it is fitted.
-        heldout: preferences to judge by; without them, `config.holdout` of the prompts is held out.
+        heldout: preferences on other prompts, to judge the reward by when all is decided. Without them it is judged by the prompts
+            that also decided when to stop, which flatters it a little.
         gold: a reward known to be right, which tells how far the learned one can be trusted as it is optimised.
         out: the folder; the next free runs/NNN by default. If it holds the same run cut off, that goes on.
         cache: a folder that keeps what the encoder sees for other runs; by default it is kept until the run is done.
@@ -96,7 +97,7 @@ def train_reward(
     if encoder.modality != "image":
         raise ValueError(f"preferences are about images; {encoder.name} looks at {encoder.modality}")
     feedback = [read_feedback(p, "preferences", columns=columns) for p in (preferences, heldout) if p is not None]
-    train, held = _divided(feedback, config)
+    train, held, test = _divided(feedback, config)
     about = _described(feedback, encoder, head, loss, config)
     folder = _opened(out, about, overwrite)
     (folder / ASKED).write_text(json.dumps(about))
@@ -115,7 +116,7 @@ def train_reward(
         codes = people.final()
         reference = learner.reference(train)
         calibration = calibrate(head, cached(reference), codes)
-        report = learner.report(calibration, codes, cached, held, result, gold)
+        report = learner.report(calibration, codes, cached, held, test, result, gold)
     users = list(train.users) if head.code else []
     few = reference[:: -(-len(reference) // KEPT)]
     scale = {
@@ -166,21 +167,32 @@ class _Learner:
         codes: Tensor,
         encodings: Cached,
         held: Comparisons,
+        test: Comparisons,
         result: Fit,
         gold: Reward | None,
     ) -> dict[str, Any]:
-        """Judges by what was held out; writes report.json and report.png."""
-        people = held.people if self.head.code else torch.full_like(held.people, -1)
-        raw = said(self.head, encodings(held.rows), codes, people).mean
-        scores = calibration(raw, people).mean(dim=0)
-        report = judged(scores, raw.mean(dim=0), held, encodings.brightness[held.rows])
+        """Judges by the test pairs, at the temperature of those held out; writes report.json and report.png."""
+        scores, _ = self.scores(calibration, codes, encodings, held)
+        temperature = temperature_of(scores, held)
+        report = judged(
+            *self.scores(calibration, codes, encodings, test), test, encodings.brightness[test.rows], temperature
+        )
+        report["judged_by"] = "pairs that decided when to stop" if test is held else "pairs that decided nothing"
         if gold is not None:
             report["gold"] = gold.name
-            report["best_of_n"] = self.trusted(calibration, codes, encodings, held, gold)
+            report["best_of_n"] = self.trusted(calibration, codes, encodings, test, gold)
         report |= {"epochs": len(result.curve), "kept": result.best + 1, "losses": result.curve}
         (self.folder / REPORT).write_text(json.dumps(finite(report), indent=1) + "\n")
         draw(self.folder / PICTURE, report, result.curve, result.best)
         return report
+
+    def scores(
+        self, calibration: Calibration, codes: Tensor, encodings: Cached, data: Comparisons
+    ) -> tuple[Tensor, Tensor]:
+        """(R,) of the rows, for whoever judged them: calibrated, and before."""
+        people = data.people if self.head.code else torch.full_like(data.people, -1)
+        raw = said(self.head, encodings(data.rows), codes, people).mean
+        return calibration(raw, people).mean(dim=0), raw.mean(dim=0)
 
     def trusted(
         self, calibration: Calibration, codes: Tensor, encodings: Cached, held: Comparisons, gold: Reward
@@ -197,16 +209,18 @@ class _Learner:
         return curve(proxy, torch.cat(found).cpu(), prompt)
 
 
-def _divided(feedback: Sequence[Feedback], config: FitConfig) -> tuple[Comparisons, Comparisons]:
-    """What to learn from and what to judge by, over the same samples and people."""
+def _divided(feedback: Sequence[Feedback], config: FitConfig) -> tuple[Comparisons, Comparisons, Comparisons]:
+    """What to learn from, what decides when to stop, and what to judge by, over the same samples and people."""
     data = compare([record for part in feedback for record in part])
-    if len(feedback) == 1:
-        return split(data, config.holdout, config.seed)
-    own = len(feedback[0])
-    train, held = data.take(torch.arange(own)), data.take(torch.arange(own, len(data)))
-    if shared := len(set(train.prompt.tolist()) & set(held.prompt.tolist())):
+    own = data.take(torch.arange(len(feedback[0])))
+    train, held = split(own, config.holdout, config.seed)
+    test = held if len(feedback) == 1 else data.take(torch.arange(len(own), len(data)))
+    if shared := len(set(own.prompt.tolist()) & set(test.prompt.tolist())) if test is not held else 0:
         raise ValueError(f"{shared} prompts are in both files: what is held out must be new")
-    return train, held
+    for part, remedy in ((held, "hold out more"), (test, "add pairs that somebody could tell apart")):
+        if bool(part.tied.all()):
+            raise ValueError(f"every pair held out is a tie: {remedy}")
+    return train, held, test
 
 
 def _described(

@@ -38,8 +38,8 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("tastes")
     made = tastes.pictures(folder, variants=1)
-    train = tastes.judged(folder, "train.jsonl", PEOPLE, 100, made, tastes.PREFIXES[:2], ("a",), seed=1)
-    held = tastes.judged(folder, "held.jsonl", PEOPLE, 60, made, tastes.PREFIXES[2:3], ("a",), seed=2)
+    train = tastes.judged(folder, "train.jsonl", PEOPLE, 160, made, tastes.PREFIXES[:3], ("a",), seed=1)
+    held = tastes.judged(folder, "held.jsonl", PEOPLE, 60, made, tastes.PREFIXES[3:4], ("a",), seed=2)
     return World(folder, made, train, held)
 
 

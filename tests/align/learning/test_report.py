@@ -30,12 +30,10 @@ def test_ties_count_half_or_not_at_all_and_the_scale_is_calibrated_away():
     raw = torch.tensor([3.0, 0.0, 2.0, 0.0, 5.0, 1.0])  # right, wrong, tied
     pale = torch.tensor([0.2, 0.1, 0.9, 0.2, 0.4, 0.3])
     data = replace(data, samples=[Sample(Media(str(i)), Prompt("a star")) for i in range(6)])
-    found = report.judged(raw / 7, raw, data, pale)
+    found = report.judged(raw / 7, raw, data, pale, report.temperature_of(raw / 7, data))
     assert (found["accuracy"], found["accuracy_ties_half"]) == (0.5, 0.5)
     assert found["nll_calibrated"] <= found["nll"]
-    scaled = report.judged(raw * 10, raw, data, pale)
+    scaled = report.judged(raw * 10, raw, data, pale, report.temperature_of(raw * 10, data))
     assert scaled["temperature"] == pytest.approx(70 * found["temperature"], rel=1e-6)
     assert scaled["nll_calibrated"] == pytest.approx(found["nll_calibrated"], abs=1e-6)
     assert math.isnan(found["slopes"]["prompt_word"])
-    with pytest.raises(ValueError, match="every pair held out is a tie"):
-        report.judged(raw[:2], raw[:2], ranked([0, 0]), pale[:2])

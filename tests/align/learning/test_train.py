@@ -35,7 +35,14 @@ from rewards.shapes import detect
 from samplers import BestOfN
 from tests.align.learning.conftest import PEOPLE, World
 
-QUICK: dict[str, Any] = {"batch": 2, "epochs": 25, "patience": 6, "learning_rate": 1e-3, "weight_decay": 0.1}
+QUICK: dict[str, Any] = {
+    "batch": 3,
+    "holdout": 0.2,
+    "epochs": 25,
+    "patience": 6,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -59,7 +66,7 @@ def pal(world: World, clip: CLIPScore, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def vpl(world: World, clip: CLIPScore, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("vpl")
-    head, config = VPL(latent=8, hidden=48), FitConfig(**QUICK | {"epochs": 60, "patience": 15})
+    head, config = VPL(latent=8, hidden=48), FitConfig(**QUICK | {"epochs": 50, "patience": 40})
     return train_reward(world.train, clip, head=head, heldout=world.held, cache=world.cache, config=config, out=out)
 
 
@@ -165,7 +172,7 @@ def test_a_run_cut_off_goes_on_to_the_same_bits(world: World, clip: CLIPScore, t
 def test_prompts_are_held_out_whole(world: World):
     data = compare(read_feedback(world.train, "preferences").records)
     train, held = split(data, 0.25, seed=0)
-    assert len(held.prompt.unique()) == 3
+    assert len(held.prompt.unique()) == 5
     assert not set(train.prompt.tolist()) & set(held.prompt.tolist())
     assert len(train) + len(held) == len(data) and len(train.pair) + len(held.pair) == len(data.pair)
     for part in (train, held):  # rows were renumbered, not mixed
@@ -233,6 +240,12 @@ def test_what_cannot_be_learned_is_refused_before_any_work(world: World, clip: C
         train_reward(world.train, Brightness(), out=tmp_path / "b")
     with pytest.raises(ValueError, match="both files"):
         train_reward(world.train, clip, heldout=world.train, out=tmp_path / "c")
+    ties = world.folder / "ties.jsonl"
+    ties.write_text(
+        "".join(json.dumps(json.loads(row) | {"winner": None}) + "\n" for row in world.held.read_text().splitlines())
+    )
+    with pytest.raises(ValueError, match="every pair held out is a tie"):
+        train_reward(world.train, clip, heldout=ties, out=tmp_path / "c")
     rows = [json.loads(line) for line in world.train.read_text().splitlines()]
     nameless = world.folder / "nameless.jsonl"
     nameless.write_text(
