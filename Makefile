@@ -24,6 +24,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/train_shapes.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/learn_rewards.py
 
 # Each stamp is newer than pyproject.toml exactly when the environment holds what it asks for.
 .venv/bin/pip:
