@@ -12,7 +12,7 @@ from samplers.noise import mix
 from .data import Comparisons
 from .encodings import Encodings
 
-__all__ = ["Alike", "Inferred", "People", "Table", "people_of"]
+__all__ = ["Alike", "Inferred", "People", "Table", "check_people", "people_of"]
 
 READ = 512  # pairs from which a person is read in the end
 CONTEXT, NOISE = 11, 12  # what random streams are mixed for
@@ -82,14 +82,14 @@ class Inferred(People):
             return self.encodings(pairs[:, 0]), self.encodings(pairs[:, 1])
 
 
-def people_of(head: Head, data: Comparisons, encodings: Encodings, seed: int) -> People:
-    """The people a head needs.
+def check_people(head: Head, data: Comparisons) -> None:
+    """Raises unless everyone can be learned whom a head tells apart.
 
     Raises:
-        ValueError: it tells people apart, but records name nobody, or somebody has no pair to be known by.
+        ValueError: records name nobody, or somebody has no pair to be known by.
     """
     if not head.code:
-        return Alike()
+        return
     kind = type(head).__name__
     if nameless := int((data.user < 0).sum()):
         raise ValueError(
@@ -101,4 +101,10 @@ def people_of(head: Head, data: Comparisons, encodings: Encodings, seed: int) ->
         raise ValueError(
             f"{len(silent)} people have decided no pair that is not held out, such as {names}: leave them out"
         )
+
+
+def people_of(head: Head, data: Comparisons, encodings: Encodings, seed: int) -> People:
+    """The people a head needs."""
+    if not head.code:
+        return Alike()
     return Inferred(head, data, encodings, seed) if isinstance(head, VPL) else Table(head, len(data.users), seed)

@@ -30,7 +30,7 @@ from .data import Comparisons, compare, digest, split
 from .encodings import Cached, Encodings, Live, encode, pixels
 from .fit import Fit, FitConfig, fit
 from .losses import BradleyTerry, Loss
-from .people import people_of
+from .people import check_people, people_of
 from .report import curve, draw, judged, temperature_of
 
 __all__ = ["LearnedReward", "train_reward"]
@@ -98,6 +98,9 @@ def train_reward(
         raise ValueError(f"preferences are about images; {encoder.name} looks at {encoder.modality}")
     feedback = [read_feedback(p, "preferences", columns=columns) for p in (preferences, heldout) if p is not None]
     train, held, test = _divided(feedback, config)
+    check_people(head, train)
+    first = encode(encoder, train.samples[:1]).all
+    head.shape(first.joint.shape[1], first.prompt.shape[1], config.seed)
     about = _described(feedback, encoder, head, loss, config)
     folder = _opened(out, about, overwrite)
     (folder / ASKED).write_text(json.dumps(about))
@@ -107,27 +110,22 @@ def train_reward(
     people = people_of(head, train, encodings, config.seed)
     adapters = {name: p for name, p in encoder.named_parameters() if "lora_" in name}
     result = fit(head, people, loss, train, held, encodings, config, adapters, folder / STATE, progress)
-    cached = (
-        encodings
-        if isinstance(encodings, Cached)
-        else encode(encoder, train.samples, config.encode_batch, None, progress)
-    )
+    if not isinstance(encodings, Cached):
+        encodings = encode(encoder, train.samples, config.encode_batch, None, progress)
     with torch.no_grad():
-        codes = people.final()
-        reference = learner.reference(train)
-        calibration = calibrate(head, cached(reference), codes)
-        report = learner.report(calibration, codes, cached, held, test, result, gold)
-    users = list(train.users) if head.code else []
-    few = reference[:: -(-len(reference) // KEPT)]
-    scale = {
+        codes, reference = people.final(), learner.reference(train)
+        calibration = calibrate(head, encodings(reference), codes)
+        report = learner.report(calibration, codes, encodings, held, test, result, gold)
+    few = encodings(reference[:: -(-len(reference) // KEPT)])
+    about |= {
+        "lora": lora,
+        "widths": [t.shape[1] for t in few],
+        "users": list(train.users) if head.code else [],
         "mean": calibration.mean.tolist(),
         "std": calibration.std.tolist(),
         "temperature": finite(report["temperature"]),
     }
-    widths = [cached.all.joint.shape[1], cached.all.prompt.shape[1]]
-    write_learned(
-        folder, {**about, "lora": lora, "widths": widths, "users": users, **scale}, head, encoder, codes, cached(few)
-    )
+    write_learned(folder, about, head, encoder, codes, few)
     _remove(folder, ASKED, STATE, FEATURES)
     return LearnedReward(folder, report)
 
@@ -150,7 +148,7 @@ class _Learner:
         return samples[order[:REFERENCE]].sort().values
 
     def encodings(self, data: Comparisons, live: bool) -> Encodings:
-        """The features, after which the head has its shape."""
+        """The features, by which the head standardises what it reads."""
         batch, reference = self.config.encode_batch, self.reference(data)
         if live:  # an adapter begins without effect, so these are the frozen encoder's
             seen = encode(self.encoder, [data.samples[i] for i in reference.tolist()], batch, None, self.progress).all
@@ -158,7 +156,7 @@ class _Learner:
         else:
             encodings = encode(self.encoder, data.samples, batch, self.cache, self.progress)
             seen = encodings(reference)
-        self.head.shape(seen.joint.shape[1], seen.prompt.shape[1], self.config.seed).fit_to(seen)
+        self.head.fit_to(seen)
         return encodings
 
     def report(

@@ -29,7 +29,7 @@ from align.learning import (
 from align.learning.data import compare, split
 from align.learning.encodings import pixels
 from benchmarks import tastes
-from rewards import Brightness, CLIPScore, Prompt
+from rewards import Brightness, CLIPScore, CrossEncoder, Prompt
 from rewards.learned import Learned
 from rewards.shapes import detect
 from samplers import BestOfN
@@ -253,6 +253,13 @@ def test_what_cannot_be_learned_is_refused_before_any_work(world: World, clip: C
     )
     with pytest.raises(ValueError, match='have no "annotator"'):
         train_reward(nameless, clip, head=PAL(width=8), out=tmp_path / "d")
+    with pytest.raises(ValueError, match="embeds prompts"):
+        train_reward(world.train, CrossEncoder(), head=PAL(by_prompt=True), out=tmp_path / "e")
+    quiet = world.folder / "quiet.jsonl"
+    quiet.write_text(world.train.read_text() + json.dumps(rows[0] | {"annotator": "silent", "winner": "tie"}) + "\n")
+    with pytest.raises(ValueError, match="such as silent"):
+        train_reward(quiet, clip, head=PAL(width=8), heldout=world.held, config=FitConfig(seed=1), out=tmp_path / "f")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_command_trains_adapts_and_steers(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
