@@ -132,7 +132,7 @@ def refilled(model: str, weights: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
     with loading(model, "config.json"), unfilled():
-        network = AutoModel.from_config(AutoConfig.from_pretrained(expand(model)))
+        network = AutoModel.from_config(AutoConfig.from_pretrained(expand(model), trust_remote_code=False))
     with loading(weights, "a file of weights, or owner/name/file of one on the hub"):
         found = read_weights(find(weights))
     if all(key.startswith("model.") for key in found):

@@ -51,14 +51,18 @@ def loading(name: str, needed: str) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # json, safetensors, torch and the hub each raise their own
-        folder = Path(expand(name.removeprefix("local-dir:")))
-        if folder.is_dir():
-            found = f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+        path = Path(expand(name.removeprefix("local-dir:")))
+        remedy = "If a download was interrupted, delete what is there and repeat it."
+        if path.is_dir():
+            found = f"the folder holds {', '.join(sorted(p.name for p in path.iterdir())) or 'nothing'}"
+        elif path.exists():
+            found = f"a file of {path.stat().st_size} bytes"
+        elif path.is_absolute():
+            found, remedy = "nothing, there is no such folder or file", "Correct the path."
         else:
-            found = "no such folder, so it was looked up on the hub"
+            found = "nothing of that name on disk, so it was looked up on the hub"
         raise OSError(
-            f"cannot load {name!r}: {type(error).__name__}: {error}\n"
-            f"Needed: {needed}. Found: {found}. If a download was interrupted, delete the folder and repeat it."
+            f"cannot load {name!r}: {type(error).__name__}: {error}\nNeeded: {needed}. Found: {found}. {remedy}"
         ) from error
 
 
@@ -166,7 +170,12 @@ def pretrained(cls: Any, name: str, *, unread: Sequence[str] = (), **options: An
         OSError: files are missing, incomplete or unreadable.
     """
     with loading(name, "config.json and the weights (model.safetensors)"):
-        network, report = cls.from_pretrained(expand(name), output_loading_info=True, **{"dtype": "auto", **options})
+        options = {
+            "dtype": "auto",
+            "trust_remote_code": False,
+            **options,
+        }  # by default transformers asks at the terminal
+        network, report = cls.from_pretrained(expand(name), output_loading_info=True, **options)
         if lacking := sorted(k for k in report["missing_keys"] if not any(re.fullmatch(p, k) for p in unread)):
             raise OSError(f"the weights lack {_some(lacking)}")
     if extra := sorted(k for k in report["unexpected_keys"] if not k.endswith("position_ids")):
@@ -184,7 +193,7 @@ def pretrained_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     with loading(name, "the tokenizer (tokenizer.json)"):
-        tokenizer = AutoTokenizer.from_pretrained(expand(name))
+        tokenizer = AutoTokenizer.from_pretrained(expand(name), trust_remote_code=False)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise OSError("the tokenizer's files are missing: it knows no words")
     return tokenizer

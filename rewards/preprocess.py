@@ -337,7 +337,7 @@ def pretrained_preprocess(name: str, quantize: Quantize) -> Preprocess:
     from transformers import AutoImageProcessor
 
     with loading(name, "preprocessor_config.json"):
-        processor = AutoImageProcessor.from_pretrained(expand(name))
+        processor = AutoImageProcessor.from_pretrained(expand(name), trust_remote_code=False)
     return from_image_processor(processor.to_dict(), quantize)
 
 

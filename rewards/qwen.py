@@ -321,7 +321,7 @@ def backbone(model: str, tokens: Sequence[str] = ()) -> tuple[Any, Any]:
 
     with loading(model, "config.json, tokenizer and preprocessor_config.json of a Qwen2-VL"):
         config = Qwen2VLConfig.from_pretrained(expand(model))
-        processor = AutoProcessor.from_pretrained(expand(model))
+        processor = AutoProcessor.from_pretrained(expand(model), trust_remote_code=False)
     if tokens:
         processor.tokenizer.add_tokens(list(tokens), special_tokens=True)
         config.get_text_config().vocab_size = len(processor.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rewards import CLIPScore
-from rewards.loading import fill, find, pretrained, read_weights
+from rewards import CLIPScore, LocalJudge
+from rewards.loading import fill, find, loading, pretrained, pretrained_tokenizer, read_weights
+from rewards.preprocess import pretrained_preprocess
 from tests.rewards import tiny
 
 
@@ -35,6 +37,30 @@ def test_code_in_a_pickle_is_not_run(tmp_path) -> None:
     torch.save([1, 2], tmp_path / "b.pt")
     with pytest.raises(ValueError, match="holds no state dict, but list"):
         read_weights(tmp_path / "b.pt")
+
+
+def test_code_beside_a_checkpoint_is_neither_run_nor_asked_about(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked at the terminal"))
+    for name, kind in {"config.json": "AutoConfig", "preprocessor_config.json": "AutoImageProcessor"}.items():
+        (tmp_path / name).write_text(json.dumps({"model_type": "mine", "auto_map": {kind: "mine.Mine"}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code of a checkpoint ran')")
+    for load in (CLIPScore, LocalJudge, pretrained_tokenizer, lambda name: pretrained_preprocess(name, "none")):
+        with pytest.raises(OSError, match=r"contains custom code|Unrecognized processing class"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    {"a.pth": r"a file of 4 bytes\. If a download", "b.pth": r"no such folder or file\. Correct"}.items(),
+)
+def test_an_error_says_what_is_on_disk(tmp_path, name: str, found: str) -> None:
+    (tmp_path / "a.pth").write_bytes(b"torn")
+    with (
+        pytest.raises(OSError, match=rf"Needed: the head\. Found: .*{found}"),
+        loading(str(tmp_path / name), "the head"),
+    ):
+        read_weights(find(str(tmp_path / name)))
 
 
 def test_keys_that_do_not_fit_are_all_listed() -> None:
