@@ -90,7 +90,7 @@ def score(reward: Reward, media: Shown, prompts: Prompts = (), *, batch: int = 3
         Scores in the order of the media, on the CPU, without a graph.
 
     Raises:
-        ValueError: a file is not an image, or the prompts do not match; raised before anything is scored.
+        FileNotFoundError, ValueError: a file is missing or no image, or the prompts do not match; raised before anything is scored.
     """
     _check(batch, None, None)
     images = list(media) if isinstance(media, Tensor) else [_tensor(m) for m in media]
@@ -278,6 +278,8 @@ def _bar(show: bool, entries: Entries, parts: Parts, world: World) -> Iterator[C
 def _tensor(item: str | Path | Image.Image | Tensor) -> Tensor:
     if isinstance(item, Tensor):
         return item
+    if not isinstance(item, Image.Image) and not Path(item).is_file():
+        raise FileNotFoundError(f"no image file {item}")
     image = as_rgb(item) if isinstance(item, Image.Image) else load_rgb(Media(str(item), Path(item)))
     return pixels(image).float() / 255
 

@@ -254,7 +254,7 @@ def test_score_takes_files_pictures_and_tensors(tmp_path):
     Image.new("RGBA", (4, 6), (255, 255, 255, 0)).save(tmp_path / "clear.png")
     shown = [str(tmp_path / "clear.png"), Image.new("L", (3, 3), 51), torch.zeros(3, 6, 4)]
     assert align.score(Brightness(), shown).total.tolist() == pytest.approx([1, 0.2, 0])
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="no image file"):
         align.score(Brightness(), [tmp_path / "gone.png"])
 
 
