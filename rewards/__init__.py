@@ -1,6 +1,6 @@
 """Rewards: score images, video, audio and tokens. Works alone; imports nothing of kilter's other packages."""
 
-from .adapters import FromCallable, as_ddpo_fn, as_multi_score
+from .adapters import FromCallable, as_ddpo_fn, as_multi_score, from_callable
 from .aesthetic import Aesthetic, ShadowAesthetic
 from .audio import CLAPScore, Clipping, Loudness, Silence
 from .base import Modality, Prompt, Reward, Scores, as_prompts, facts
@@ -121,4 +121,5 @@ __all__ = [
     "as_multi_score",
     "as_prompts",
     "facts",
+    "from_callable",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .base import Prompt, Reward, Scores
 from .loading import imported
 
-__all__ = ["FromCallable", "as_ddpo_fn", "as_multi_score"]
+__all__ = ["FromCallable", "as_ddpo_fn", "as_multi_score", "from_callable"]
 
 Layout = Literal["NCHW01", "uint8 NHWC", "pil"]
 
@@ -125,6 +125,11 @@ def taken(function: Callable[..., Any]) -> int:
             f"got ({', '.join(p.name for p in required)})"
         )
     return len(required)
+
+
+def from_callable(function: str | Callable[..., Any], layout: Layout = "NCHW01", *, differentiable: bool = False) -> Reward:
+    """A function as a reward: see `FromCallable`."""
+    return FromCallable(function, layout, differentiable=differentiable)
 
 
 def as_ddpo_fn(reward: Reward) -> Callable[..., tuple[Any, dict[str, Any]]]:

@@ -60,6 +60,7 @@ class Aesthetic(Reward):
     """
 
     needs_prompt = False
+    claims_quality = True
 
     def __init__(
         self,
@@ -110,6 +111,7 @@ class ShadowAesthetic(Reward):
     """
 
     needs_prompt = False
+    claims_quality = True
 
     def __init__(
         self,

@@ -59,6 +59,8 @@ class HPSv3(Reward):
         ValueError: the weights have another layout, or were made for another model.
     """
 
+    claims_quality = True
+
     def __init__(
         self,
         checkpoint: str = "MizzenAI/HPSv3/HPSv3.safetensors",

@@ -69,6 +69,7 @@ class VideoReward(Reward):
     """
 
     modality = "video"
+    claims_quality = True
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class VideoScore(Reward):
     """
 
     modality = "video"
+    claims_quality = True
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import align
 from align.cli import main
-from rewards import Brightness, CLIPScore, FromCallable, OCRAccuracy, Prompt, Reward, Scores, as_ddpo_fn, as_multi_score
+from rewards import Brightness, CLIPScore, FromCallable, OCRAccuracy, Prompt, Reward, Scores, as_ddpo_fn, as_multi_score, from_callable
 from tests.rewards import tiny
 
 IMAGES = (255 * tiny.natural(3, 20, 24)).round() / 255
@@ -42,7 +42,7 @@ def test_a_function_is_given_what_it_asks_for() -> None:
         return [len(text) + m.get("bonus", 0) for text, m in zip(prompts, metadata, strict=True)]
 
     prompts = ["a cat", Prompt("a dog", meta={"bonus": 2}), "a bird"]
-    assert FromCallable(three)(IMAGES, prompts).tolist() == [5, 7, 6]
+    assert from_callable(three)(IMAGES, prompts).tolist() == [5, 7, 6]
     assert FromCallable(lambda *given: [len(given)] * 3)(IMAGES, prompts).tolist() == [3, 3, 3]
     assert FromCallable(lambda images, prompts, scale=2: [scale] * 3)(IMAGES, prompts).tolist() == [2, 2, 2]
     with pytest.raises(ValueError, match="needs one prompt a sample"):
