@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 import align
 from align.cli import main
-from rewards import Brightness, CLIPScore, FromCallable, OCRAccuracy, Prompt, Reward, Scores, as_ddpo_fn, as_multi_score, from_callable
+from rewards import (
+    Brightness,
+    CLIPScore,
+    FromCallable,
+    OCRAccuracy,
+    Prompt,
+    Reward,
+    Scores,
+    as_ddpo_fn,
+    as_multi_score,
+    from_callable,
+)
 from tests.rewards import tiny
 
 IMAGES = (255 * tiny.natural(3, 20, 24)).round() / 255
