@@ -170,11 +170,8 @@ def pretrained(cls: Any, name: str, *, unread: Sequence[str] = (), **options: An
         OSError: files are missing, incomplete or unreadable.
     """
     with loading(name, "config.json and the weights (model.safetensors)"):
-        options = {
-            "dtype": "auto",
-            "trust_remote_code": False,
-            **options,
-        }  # by default transformers asks at the terminal
+        # without trust_remote_code, transformers asks at the terminal
+        options = {"dtype": "auto", "trust_remote_code": False, **options}
         network, report = cls.from_pretrained(expand(name), output_loading_info=True, **options)
         if lacking := sorted(k for k in report["missing_keys"] if not any(re.fullmatch(p, k) for p in unread)):
             raise OSError(f"the weights lack {_some(lacking)}")

@@ -42,6 +42,7 @@ from .wire import TOLD, Unanswered, listed_odds, mp4_uri, png, typed_odds, writt
 __all__ = ["ServedJudge"]
 
 T = TypeVar("T")
+CHAT = "/chat/completions"
 LONGEST_PAUSE = 10.0  # seconds between two tries
 ASSETS = 4  # images that a System One request may hold
 
@@ -70,8 +71,9 @@ class ServedJudge(Judge):
         extra: more fields of every chat request, such as {"chat_template_kwargs": {"enable_thinking": false}}.
 
     Raises:
-        ValueError: `url` holds a password, is no http(s) address, or the key's variable is not set.
-        ConnectionError: the server cannot be reached, refuses the key, or lists no models where `model` is None.
+        ValueError: `url` holds a password or a query, is no http(s) address, or the key's variable is not set.
+        ConnectionError: the server cannot be reached, refuses the key, knows no questions at this address, or lists no models where
+            `model` is None.
     """
 
     def __init__(
@@ -93,13 +95,7 @@ class ServedJudge(Judge):
         extra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url must be an http(s) address such as http://localhost:8000/v1; got {url!r}")
-        if parts.password or parts.username:
-            raise ValueError(
-                "url must hold no password, because it is written to files: name a variable by api_key_env"
-            )
+        check_address(url)
         if api_key_env is not None and not os.environ.get(api_key_env):
             raise ValueError(f"the environment variable {api_key_env} is not set: export the server's key in it")
         if min(top, concurrency) < 1 or retries < 0 or min(timeout, connect_timeout) <= 0:
@@ -125,7 +121,7 @@ class ServedJudge(Judge):
         else:
             known = {"logprobs": True, "top_logprobs": self.top}
             bodies = [self.chat(ask, encoded, 0.0, 1) | known for ask, encoded in self.encoded(asks)]
-            rows = self.answers("/chat/completions", bodies, lambda reply: listed_odds(reply, choices), choices)
+            rows = self.answers(CHAT, bodies, lambda reply: listed_odds(reply, choices), choices)
         missing = [math.nan] * len(choices)
         return torch.tensor([missing if row is None else row for row in rows], dtype=torch.float32).view(
             -1, len(choices)
@@ -134,7 +130,7 @@ class ServedJudge(Judge):
     def write(self, asks: Sequence[Ask], *, temperature: float = 0.0, max_tokens: int = 512) -> list[str | None]:
         """See `Judge.write`."""
         bodies = [self.chat(ask, encoded, temperature, max_tokens) for ask, encoded in self.encoded(asks)]
-        return self.answers("/chat/completions", bodies, written)
+        return self.answers(CHAT, bodies, written)
 
     def encoded(self, asks: Sequence[Ask]) -> list[tuple[Ask, list[list[dict[str, Any]]]]]:
         """Each question with the content parts of its media; a tensor that several questions show is encoded once."""
@@ -204,6 +200,10 @@ class ServedJudge(Judge):
             raise ConnectionError(f"{self.url} cannot be reached ({error}): start the server, or correct url") from None
         if status in (401, 403):
             raise ConnectionError(f"{self.url} refuses the key (HTTP {status}): name its variable by api_key_env")
+        if status in (404, 405):
+            raise ConnectionError(
+                f"{self.url}{CHAT} is not there (HTTP {status}): url must end where the API begins, as in /v1"
+            )
         if model is not None:
             return model
         try:
@@ -212,11 +212,13 @@ class ServedJudge(Judge):
             raise ConnectionError(f"{self.url} lists no models (HTTP {status}): name the one wanted by model") from None
 
     async def reach(self) -> tuple[int, str]:
-        """Status and text of the list of models."""
+        """Status and text of the list of models, or where there is none, of an empty question: a wrong address knows neither."""
         http = client_library()
         async with self.client() as client:
             try:
                 reply = await asyncio.wait_for(client.get(f"{self.url}/models"), self.timeout)
+                if reply.status_code == 404:
+                    reply = await asyncio.wait_for(client.post(self.url + CHAT, json={}), self.timeout)
             except (http.RequestError, asyncio.TimeoutError) as error:
                 raise Unanswered(described(error)) from None
         return reply.status_code, reply.text
@@ -340,6 +342,25 @@ def client_library() -> Any:
         import httpx2
 
         return httpx2
+
+
+def check_address(url: str) -> None:
+    """Raises unless `url` is an address to which paths can be added, without a secret.
+
+    Raises:
+        ValueError: it is not; the message shows no password.
+    """
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # brackets or a port that are none
+        known = parts = None
+    if "@" in url or (parts and (parts.query or parts.fragment)):
+        raise ValueError(
+            "url must hold no password, query or fragment, because it is written to files: name the key's variable by api_key_env"
+        )
+    if not known:
+        raise ValueError(f"url must be an http(s) address such as http://localhost:8000/v1; got {url!r}")
 
 
 def local(host: str) -> bool:

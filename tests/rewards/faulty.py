@@ -40,10 +40,15 @@ class Faulty:
 
             def do_GET(self) -> None:
                 owner.headers.append(dict(self.headers))
-                self.send(owner.status, json.dumps({"data": [{"id": name} for name in owner.models]}))
+                self.send(
+                    owner.status if self.path == "/v1/models" else 404,
+                    json.dumps({"data": [{"id": name} for name in owner.models]}),
+                )
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if self.path not in ("/v1/chat/completions", "/v1/systemone"):
+                    return self.send(404, "not found")
                 with owner.lock:
                     number = len(owner.bodies)
                     owner.bodies.append(body | {"path": self.path})

@@ -208,10 +208,30 @@ class TestFaults:
         with pytest.raises(ConnectionError, match=r"cannot be reached.*start the server"):
             rewards.ServedJudge(url, "tiny")
 
-    @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://user:secret@host/v1"])
+    @pytest.mark.parametrize(
+        "url", ["localhost:8000", "ftp://host/v1", "http://host:80a0/v1", "http://[::1/v1", "http://host/v1#a"]
+    )
     def test_wrong_addresses(self, url):
         with pytest.raises(ValueError, match="url must"):
             rewards.ServedJudge(url)
+
+    @pytest.mark.parametrize("url", ["http://user:secret@host/v1", "user:secret@host/v1", "https://host/v1?key=secret"])
+    def test_a_secret_in_the_address_is_refused_and_not_repeated(self, url):
+        with pytest.raises(ValueError, match="url must hold no password") as told:
+            rewards.ServedJudge(url)
+        assert "secret" not in str(told.value)
+
+    @pytest.mark.parametrize("wrong", ["", "/v1/chat/completions", "/v2"])
+    def test_an_address_beside_the_api_is_an_error_at_once(self, wrong):
+        missing = pytest.raises(ConnectionError, match=r"/chat/completions is not there \(HTTP 404\): url must end")
+        with Faulty(lambda *_: said("fine")) as server, missing:
+            rewards.ServedJudge(server.url.removesuffix("/v1") + wrong, "tiny")
+
+    def test_a_server_without_a_list_of_models(self):
+        with Faulty(lambda *_: 422, status=404) as server:
+            assert judge(server, model="mine").model == "mine"
+            with pytest.raises(ConnectionError, match="name the one wanted by model"):
+                judge(server)
 
     def test_a_server_without_models(self):
         with Faulty(lambda *_: 500, models=()) as server:
