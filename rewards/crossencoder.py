@@ -9,6 +9,7 @@ smaller. `assets/tiny-reward` is such a model, trained on preferences in the wor
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Features, Prompt, Reward
-from .loading import warn_if_cut
+from .loading import expand, fill, loading, pretrained_tokenizer, read_weights, warn_if_cut
 
 __all__ = ["CrossEncoder"]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-reward"
+REMEMBERED = 4096  # prompts; their tokens take 0.5 kB each
 
 
 class Attention(nn.Module):
@@ -122,6 +124,10 @@ class CrossEncoder(Reward):
 
     Args:
         model: the folder; the embedded model by default.
+
+    Raises:
+        OSError: files are missing, incomplete or unreadable, or describe something else.
+        ValueError: the weights do not fit the network that config.json describes.
     """
 
     modality = "image"
@@ -130,17 +136,15 @@ class CrossEncoder(Reward):
 
     def __init__(self, model: str | Path = EMBEDDED) -> None:
         super().__init__()
-        from safetensors.torch import load_file
-        from transformers import AutoTokenizer
-
-        config = json.loads((Path(model) / "config.json").read_text())
-        self.size, self.mean, self.std = config["network"]["size"], config["mean"], config["std"]
-        self.length = config["network"]["length"]
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.network = Network(**config["network"])
-        weights = load_file(Path(model) / "model.safetensors")
-        self.network.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
-        self.tokens: dict[str, tuple[Tensor, Tensor]] = {}  # prompts repeat at every step of a run
+        name, path = str(model), Path(expand(str(model)))
+        with loading(name, "a CrossEncoder's config.json (network, mean, std), model.safetensors and tokenizer"):
+            config = json.loads((path / "config.json").read_text())
+            self.network, self.mean, self.std = Network(**config["network"]), config["mean"], config["std"]
+            weights = read_weights(path / "model.safetensors")
+        self.size, self.length = config["network"]["size"], config["network"]["length"]
+        self.tokenizer = pretrained_tokenizer(name)
+        fill(self.network, weights, name)
+        self.tokens: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()  # prompts repeat at every step of a run
         self.freeze()
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -152,6 +156,8 @@ class CrossEncoder(Reward):
             )
             self.tokens[text] = (out.input_ids[0], out.attention_mask[0].bool())
         ids, masks = zip(*(self.tokens[text] for text in texts), strict=True)
+        while len(self.tokens) > REMEMBERED:
+            self.tokens.popitem(last=False)
         return torch.stack(ids), torch.stack(masks)
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:

@@ -1,6 +1,7 @@
 """The cross-attention reward: loading, gradients, and independence of the batch. Its skill is measured in tests/assets."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_weights_must_fit_exactly(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights.pop("place")
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="place"):
+    with pytest.raises(ValueError, match="it lacks place"):
         CrossEncoder(tmp_path)
 
 
@@ -101,3 +102,25 @@ def test_prompts_are_tokenized_once(reward, images):
     known = len(reward.tokens)
     reward(images, TEXTS)
     assert len(reward.tokens) == known
+
+
+def test_another_folder_is_an_error_that_says_what_is_needed(tmp_path, folder, clip_folder):
+    with pytest.raises(
+        OSError, match=r"KeyError: 'network'(?s:.)*Needed: a CrossEncoder's config.json.*the folder holds"
+    ):
+        CrossEncoder(clip_folder)
+    with pytest.raises(OSError, match="no such folder"):
+        CrossEncoder(tmp_path / "missing")
+    shutil.copytree(folder, tmp_path / "torn")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("head.3.bias")
+    save_file(weights, tmp_path / "torn" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"it lacks head\.3\.bias"):
+        CrossEncoder(tmp_path / "torn")
+
+
+def test_a_bounded_number_of_prompts_is_remembered(reward, images, monkeypatch):
+    monkeypatch.setattr("rewards.crossencoder.REMEMBERED", 2)
+    before = reward(images, TEXTS)
+    assert len(reward.tokens) == 2
+    torch.testing.assert_close(reward(images, TEXTS), before)
