@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .dual import DType, DualEncoder, Variant
-from .loading import expand, find, loading, warn_if_cut
+from .loading import find, loading, warn_if_cut
 from .preprocess import Preprocess, Quantize, from_open_clip
 
 __all__ = ["HPSv2", "OpenCLIPScore", "SocialReward"]
@@ -91,7 +91,7 @@ class HPSv2(OpenCLIPScore):
 
     Args:
         version: of the weights.
-        checkpoint: their file; None downloads it from the hub (xswu/HPSv2).
+        checkpoint: their file, or owner/name/file on the hub; None means that of `version` in xswu/HPSv2.
         model_name: open_clip's name of the architecture.
         antialias: False resizes as torchvision before 0.17 did, when the published tables were made.
         dtype: type the networks run in; the score is always float32.
@@ -111,12 +111,10 @@ class HPSv2(OpenCLIPScore):
         files = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
         if version not in files:
             raise ValueError(f"version must be one of {', '.join(files)}; got {version!r}")
-        if checkpoint is None:
-            from huggingface_hub import hf_hub_download
-
-            with loading("xswu/HPSv2", files[version]):
-                checkpoint = hf_hub_download("xswu/HPSv2", files[version])
-        super().__init__(model_name, str(expand(checkpoint)), "cosine", dtype=dtype, quantize=quantize)
+        weights = f"xswu/HPSv2/{files[version]}" if checkpoint is None else checkpoint
+        with loading(weights, "a file of HPSv2's weights, or owner/name/file of one on the hub"):
+            file = find(weights)
+        super().__init__(model_name, str(file), "cosine", dtype=dtype, quantize=quantize)
         # The released code turns the image into a tensor first: float pixels, overshoots kept, black outside.
         self.preprocess = Preprocess(
             policy="longest_pad",
@@ -139,7 +137,7 @@ class SocialReward(OpenCLIPScore):
     OpenAI's names, and no weights; a fine-tune in the transformers layout is a `CLIPScore`.
 
     Args:
-        checkpoint: file of the weights, by OpenAI's names.
+        checkpoint: file of the weights, by OpenAI's names, or owner/name/file on the hub.
         model_name: open_clip's name of the architecture: with the quick GELU that OpenAI's weights need.
         dtype: type the networks run in; the score is always float32.
         quantize: 8-bit rounding of the pixels; see `CLIPScore`.
@@ -153,4 +151,6 @@ class SocialReward(OpenCLIPScore):
         dtype: DType = "float32",
         quantize: Quantize = "none",
     ) -> None:
-        super().__init__(model_name, str(find(checkpoint)), "cosine", dtype=dtype, quantize=quantize)
+        with loading(checkpoint, "a file of Social Reward's weights, or owner/name/file of one on the hub"):
+            file = find(checkpoint)
+        super().__init__(model_name, str(file), "cosine", dtype=dtype, quantize=quantize)

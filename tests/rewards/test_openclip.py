@@ -110,6 +110,7 @@ def test_social_reward_scores_are_those_of_the_released_code(checkpoints: Path) 
     ).abs().max() > 1e-3  # which is why it names the architecture with quick GELU
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent"):
-        SocialReward(str(tmp_path / "absent.pth"))
+def test_a_missing_checkpoint_is_named_before_a_network_is_built(tmp_path: Path) -> None:
+    for cls in (SocialReward, HPSv2):
+        with pytest.raises(OSError, match=r"no file .*absent(?s:.)*no such folder or file\. Correct the path"):
+            cls(checkpoint=str(tmp_path / "absent.pth"), model_name="no network of this name")
