@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
@@ -123,6 +123,7 @@ class Reward(Configurable, nn.Module, ABC):
         needs_prompt: whether the prompt matters.
         compares: whether a score says how a sample does among those of the same prompt in the same call, rather than by itself.
         claims_quality: whether blur, noise and compression should lower the score of a good picture.
+        stays: whether it keeps to a device of its own instead of following its input.
     """
 
     modality: Modality = "image"
@@ -130,6 +131,7 @@ class Reward(Configurable, nn.Module, ABC):
     needs_prompt: bool = True
     compares: bool = False
     claims_quality: bool = False
+    stays: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +178,7 @@ class Reward(Configurable, nn.Module, ABC):
                 f"{self.name} is not differentiable, yet a gradient was asked of it: "
                 "use a steering or objective that needs none, or a differentiable reward"
             )
-        first = next(chain(self.parameters(), self.buffers()), None)
+        first = next(following(self), None)
         if first is not None and first.device != media.device:
             self.to(media.device)
         # A trainer's autocast must not decide the precision of a score. Not inference_mode: what a reward or its library remembers
@@ -247,6 +249,14 @@ class Reward(Configurable, nn.Module, ABC):
     def freeze(self) -> Reward:
         """Switches the gradients of all weights off and eval mode on; constructors that hold a network call it last."""
         return self.requires_grad_(False).train(False)
+
+
+def following(module: nn.Module) -> Iterator[Tensor]:
+    """The weights of a module and its children, but for those of rewards that stay on a device of their own."""
+    if not getattr(module, "stays", False):
+        yield from chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        for child in module.children():
+            yield from following(child)
 
 
 def facts(cls: type[Reward]) -> dict[str, str]:

@@ -31,6 +31,8 @@ class Placed(Wrapper):
         ValueError: there is no such device.
     """
 
+    stays = True
+
     def __init__(self, reward: Reward, device: str) -> None:
         super().__init__(reward)
         try:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from rewards import Placed, Reward
+from rewards import Placed, Reward, Weighted
 
 
 class Somewhere(Reward):
@@ -40,6 +40,15 @@ def test_media_and_scores_cross_over() -> None:
     )
     assert reward(torch.rand(2, 3, 4, 4)).device.type == "cpu"
     assert sent == ["meta"]
+
+
+def test_it_does_not_make_its_neighbours_move_at_each_call() -> None:
+    away, neighbour = Placed(Somewhere(), "meta"), Somewhere()
+    away.score = lambda media, prompts: neighbour.score(media)
+    moves = []
+    neighbour._apply = lambda fn, recurse=True: moves.append(fn)  # where text features are forgotten
+    Weighted([away, neighbour])(torch.rand(2, 3, 4, 4))
+    assert not moves
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
