@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .pictures import resized, to_pil
 
-__all__ = ["Sample", "Steered", "finite", "prepare_folder", "to_pil", "versions"]
+__all__ = ["Sample", "Steered", "finite", "number", "prepare_folder", "to_pil", "versions"]
 
 PROBE = ".kilter"
 PLAIN, STEERED = "plain", "steered"
@@ -202,6 +202,11 @@ def prepare_folder(
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def number(value: float, width: int = 0, digits: int = 3) -> str:
+    """A number in a table; a dash where it is not defined."""
+    return f"{'–' if math.isnan(value) else f'{value:.{digits}f}':>{width}}"
 
 
 def finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ from ..comparing import Comparison, compare_scores
 from ..loading import best_device, usable
 from ..parsing import Parser
 from ..prompts import read_prompts
-from ..results import prepare_folder
+from ..results import number, prepare_folder
 from ..tables import Table, read_tables
 
 HELP = "say how far apart rewards are"
@@ -93,8 +93,9 @@ def _table(found: Comparison) -> str:
         low, high = found.intervals["distance"][:, i, j].tolist()
         distance, epic, spearman, kendall, top = (float(found.values[m][i, j]) for m in found.values)
         lines.append(
-            f"{name:<{width}}  {distance:6.3f} ({low:5.3f} … {high:5.3f}) {epic:6.3f} {spearman:9.3f} {kendall:8.3f} {top:6.3f}"
+            f"{name:<{width}}  {number(distance, 6)} ({number(low, 5)} … {number(high, 5)}) {number(epic, 6)} "
+            f"{number(spearman, 9)} {number(kendall, 8)} {number(top, 6)}"
         )
     left_out = f", {found.left_out} left out" if found.left_out else ""
     lines.append(f"{found.samples} samples of {found.prompts} prompts{left_out}; top-1 by chance {found.chance:.3f}")
-    return "\n".join(lines).replace("nan", "  –")
+    return "\n".join(lines)

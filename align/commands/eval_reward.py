@@ -14,7 +14,7 @@ from rewards import Reward
 from ..loading import best_device, usable
 from ..pairs import read_pairs
 from ..parsing import Parser
-from ..results import prepare_folder
+from ..results import number, prepare_folder
 from ..verdicts import MEASURES, Verdicts, eval_reward
 
 HELP = "say how well a reward agrees with preferences"
@@ -77,13 +77,14 @@ def _table(found: Verdicts) -> str:
         cells = ""
         for measure in MEASURES:
             low, high = found.intervals.get(name, {}).get(measure, (float("nan"),) * 2)
-            cells += f"{row[measure]:8.3f} ({low:.3f} … {high:.3f})"
+            cells += f"{number(row[measure], 8)} ({number(low)} … {number(high)})"
         counts = f"{row['pairs']:7d} {row['ties']:5d}" if "pairs" in row else ""
         lines.append(f"{name:<{width}}{cells}{counts}")
     swap = "" if found.swap is None else f"; both orders agree on {found.swap:.3f}"
     left_out = f"; {found.unjudged} pairs could not be judged" if found.unjudged else ""
     lines.append(
-        f"temperature {found.temperature:.4g}, {found.nll:.4f} nats a pair, calibration error {found.ece:.4f}; ties up to "
+        f"temperature {found.temperature:.4g}, {number(found.nll, digits=4)} nats a pair, calibration error "
+        f"{number(found.ece, digits=4)}; ties up to "
         f"{found.threshold:g}, calibrated {found.best_threshold:.4g}; {found.scored} pictures scored{swap}{left_out}"
     )
-    return "\n".join(lines).replace("nan", "–")
+    return "\n".join(lines)

@@ -150,6 +150,10 @@ def test_the_command_compares_tables_and_scores_images(tmp_path, capsys) -> None
     rewards = "[Brightness, Sharpness]"
     assert main(["compare-rewards", *files, "--rewards", rewards, "--prompts", "a cat", "--device", "cpu"]) == 0
     assert "5 samples of 1 prompts" in capsys.readouterr().out
+    dashed = lines(tmp_path / "named.jsonl", rows(["nano-banana", "B"])[:4])  # one prompt has no interval
+    assert main(["compare-rewards", str(dashed)]) == 0
+    out = capsys.readouterr().out
+    assert "nano-banana – B" in out and "(    – …     –)" in out
     assert main(["compare-rewards", str(table), "--scores", "A", "D"]) == 2
     assert "no score 'D' among A, B, C" in capsys.readouterr().err
 

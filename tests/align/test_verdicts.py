@@ -283,6 +283,15 @@ def test_what_cannot_be_judged_raises(pairs, message) -> None:
         eval_reward(Level(), pairs)
 
 
+def test_the_table_leaves_names_as_they_are(tmp_path: Path, capsys) -> None:
+    """Only numbers that are not defined become dashes."""
+    row = {"caption": "x", "image0": cell(0.1), "image1": cell(0.9)}
+    rows = [row | {"label": "1", "info": "nano-banana"}, row | {"label": "tie", "info": "finance"}]
+    assert main(["eval-reward", str(write(tmp_path / "rows.parquet", rows)), "--reward", "Brightness"]) == 0
+    shown = capsys.readouterr().out
+    assert "nano-banana" in shown and "finance" in shown and "nan " not in shown and "–" in shown
+
+
 def test_wrong_sources_raise(tmp_path: Path, capsys) -> None:
     file = write(tmp_path / "rows.parquet", [{"text": "x", "score": 1.0}])
     assert main(["eval-reward", str(file)]) == 2
