@@ -102,7 +102,7 @@ def add_lora(policy: Policy, lora: Lora, seed: int) -> None:
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of accelerators, which are not forked
         if hasattr(policy.network, "add_adapter"):
             policy.network.add_adapter(config)  # pyright: ignore
         else:

@@ -69,7 +69,7 @@ class Head(Configurable, nn.Module, ABC):
         self.register_buffer("centre", torch.zeros(joint + prompt))
         self.register_buffer("spread", torch.ones(joint + prompt))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not those of accelerators, which are not forked
             self.make(joint, prompt)
         return self
 

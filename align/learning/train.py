@@ -270,6 +270,6 @@ def _adapted(encoder: Reward, config: FitConfig) -> tuple[Reward, dict[str, Any]
     lora = {"rank": config.lora, "alpha": float(config.lora), "targets": targets}
     encoder = copy.deepcopy(encoder)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # not those of accelerators, which are not forked
         add_lora(encoder, **lora)
     return encoder, lora

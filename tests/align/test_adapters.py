@@ -74,17 +74,19 @@ def test_a_fresh_adapter_changes_nothing_and_switched_off_none_does(fresh, name)
     assert all("lora_" in n and p.dtype == torch.float32 for n, p in policy.trainable.items())
 
 
-def test_the_seed_makes_the_adapter(fresh):
-    """And the global generator is left alone."""
+def test_the_seed_makes_the_adapter(fresh, monkeypatch):
+    """And the global generators are left alone, those of accelerators too."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     torch.manual_seed(7)
     expected = torch.rand(())
     torch.manual_seed(7)
     digests = []
     for seed in (0, 0, 1):
         policy = fresh()
-        state = torch.get_rng_state()
+        state, times = torch.get_rng_state(), len(seeded)
         add_lora(policy, Lora(), seed)
-        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(torch.get_rng_state(), state) and len(seeded) == times
         digests.append(digest(policy))
     assert digests[0] == digests[1] != digests[2]
     torch.manual_seed(7)

@@ -131,6 +131,16 @@ def test_the_divergence_is_the_kl_and_its_weight_comes_in_cycles():
     assert torch.equal(head.divergence(mean, log_variance, 130), head.divergence(mean, log_variance, 30))
 
 
+def test_making_a_head_leaves_all_random_numbers_alone(monkeypatch: pytest.MonkeyPatch):
+    """Those of an accelerator too: a reward may be loaded in the middle of a run."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    one, other = (PAL(width=4).shape(3, 0, seed=5) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def test_heads_refuse_what_makes_no_sense():
     for make in (lambda: MLP(members=0), lambda: PAL(prototypes=0), lambda: VPL(kl=-1), lambda: PAL(kind="near")):
         with pytest.raises(ValueError, match="must be"):
