@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rewards import Reward
 from rewards.learned import Learned, write_learned
@@ -13,8 +14,8 @@ from rewards.learned import Learned, write_learned
 from ..data import Columns, read_feedback
 from ..results import prepare_folder
 from .calibration import calibrate
-from .data import compare
-from .encodings import encode
+from .data import Comparisons, compare
+from .encodings import Cached, encode
 
 __all__ = ["adapt_reward"]
 
@@ -32,7 +33,8 @@ def adapt_reward(
 ) -> Path:
     """Adds everyone in a file of preferences whom a learned reward does not know; its weights stay as they are.
 
-    Their scores are standardised over samples kept from training.
+    Their scores, and those for the average of all people, of whom they are now some, are standardised over samples kept from
+    training.
 
     Args:
         model: the folder of a reward whose head tells people apart.
@@ -51,26 +53,29 @@ def adapt_reward(
     learned = Learned(str(model), encoder=encoder)
     if not learned.head.code:
         raise ValueError(f"{model} scores alike for everyone: only rewards with a head PAL or VPL take people in")
-    data = compare(read_feedback(preferences, "preferences", columns=columns).records)
-    new = [(row, name) for row, name in enumerate(data.users) if name not in learned.users]
-    decided = (~data.tied).nonzero()[:, 0]
-    judge = data.user[data.pair[decided]]
-    new = [(row, name) for row, name in new if bool((judge == row).any())]
-    if not new:
+    records = read_feedback(preferences, "preferences", columns=columns).records
+    records = [r for r in records if r.annotator is not None and r.annotator not in learned.users]
+    data = compare(records) if records else None
+    new = [] if data is None else data.user[data.pair[~data.tied]].unique().tolist()
+    if data is None or not new:
         raise ValueError(f"nobody in {preferences} is new to {model} and has decided a pair")
-    encodings = encode(learned.encoder.to(device or "cpu"), data.samples, progress=progress)
-    codes = []
-    for row, _ in new:
-        mine = decided[judge == row]
-        better, worse = (encodings(data.rows[side[mine]]) for side in (data.first, data.second))
-        codes.append(learned.head.infer(better, worse, learned.codes))
-    added = torch.stack(codes)
-    with torch.no_grad():
-        theirs = calibrate(learned.head, learned.reference, added)
-    config: dict[str, Any] = {k: v for k, v in learned.config.items() if k != "format"}
-    config["users"] = [*learned.users, *(name for _, name in new)]
-    for name, values in (("mean", theirs.mean), ("std", theirs.std)):
-        config[name] = torch.cat([getattr(learned, name), values[:, 1:]], dim=1).tolist()
     folder = prepare_folder(out, overwrite)
-    write_learned(folder, config, learned.head, learned.encoder, torch.cat([learned.codes, added]), learned.reference)
+    encodings = encode(learned.encoder.to(device or "cpu"), data.samples, progress=progress)
+    added = torch.stack([_code(learned, data, encodings, person) for person in new])
+    codes = torch.cat([learned.codes, added])
+    with torch.no_grad():
+        now = calibrate(learned.head, learned.reference, codes)
+    config: dict[str, Any] = {k: v for k, v in learned.config.items() if k != "format"}
+    config["users"] = [*learned.users, *(data.users[person] for person in new)]
+    for name, values in (("mean", now.mean), ("std", now.std)):  # those who were known stay as they are
+        values[:, 1 : 1 + len(learned.codes)] = getattr(learned, name)[:, 1:]
+        config[name] = values.tolist()
+    write_learned(folder, config, learned.head, learned.encoder, codes, learned.reference)
     return folder
+
+
+def _code(learned: Learned, data: Comparisons, encodings: Cached, person: int) -> Tensor:
+    """What stands for a person, from the pairs they have decided."""
+    mine = (~data.tied & (data.user[data.pair] == person)).nonzero()[:, 0]
+    better, worse = (encodings(data.rows[side[mine]]) for side in (data.first, data.second))
+    return learned.head.infer(better, worse, learned.codes)

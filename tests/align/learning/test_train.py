@@ -23,6 +23,7 @@ from align.learning import (
     Loss,
     PlackettLuce,
     RaoKupper,
+    adapt,
     adapt_reward,
     train_reward,
 )
@@ -94,7 +95,7 @@ def test_knowing_the_person_gains_what_the_mixture_hides(
 
 @pytest.mark.parametrize("which", ["pal", "vpl"])
 def test_a_new_person_is_known_from_a_few_pairs(
-    which: str, world: World, tmp_path: Path, request: pytest.FixtureRequest
+    which: str, world: World, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):
     folder = request.getfixturevalue(which).folder
     newcomers = {"new-red": "red", "new-blue": "blue"}
@@ -110,12 +111,20 @@ def test_a_new_person_is_known_from_a_few_pairs(
         reward = Learned(str(adapted), user=user)
         lead = reward(red, ["a square"]).mean() - reward(blue, ["a square"]).mean()
         assert sign * lead > 0.5, user
+    average = Learned(str(adapted))
+    raw = average.head(average.reference, average.codes_of(torch.zeros(len(average.reference.joint), dtype=torch.long)))
+    assert float(((raw.mean - average.mean[:, :1]) / average.std[:, :1]).mean()) == pytest.approx(0, abs=1e-4)
     assert torch.equal(
         Learned(str(adapted), user="red-0")(red, ["a star"]),
         Learned(str(folder), user="red-0")(red, ["a star"]),
     )
     with pytest.raises(ValueError, match="new to"):
         adapt_reward(adapted, few, out=tmp_path / "again")
+    encoded: list[int] = []
+    monkeypatch.setattr(adapt, "encode", lambda encoder, samples, **how: encoded.append(len(samples)))
+    with pytest.raises(FileExistsError):  # before anything is encoded
+        adapt_reward(folder, few, out=adapted)
+    assert not encoded
 
 
 def shown(world: World, color: str) -> torch.Tensor:
