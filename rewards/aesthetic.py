@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Prompt, Reward
-from .loading import find, loading, pretrained, read_weights
+from .loading import find, loading, precision, pretrained, read_weights
 from .preprocess import Quantize, pretrained_preprocess
 
 __all__ = ["Aesthetic", "ShadowAesthetic"]
@@ -71,14 +71,15 @@ class Aesthetic(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         from transformers import AutoModel
 
         network = pretrained(AutoModel, model)
         self.preprocess = pretrained_preprocess(model, quantize)
         self.differentiable = self.preprocess.differentiable
-        self.tower = getattr(network, "vision_model", network).to(getattr(torch, dtype))
+        self.tower = getattr(network, "vision_model", network).to(kind)
         projection = getattr(network, "visual_projection", None)  # a CLIP projects what it pools
-        self.projection = nn.Identity() if projection is None else projection.to(getattr(torch, dtype))
+        self.projection = nn.Identity() if projection is None else projection.to(kind)
         pooled = getattr(network.config, "vision_config", network.config).hidden_size
         self.head = read_head(head, pooled if projection is None else projection.out_features)
         self.freeze()
@@ -123,11 +124,12 @@ class ShadowAesthetic(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         from transformers import AutoModelForImageClassification
 
         if spelling not in ("probability", "logit"):
             raise ValueError(f"spelling must be probability or logit; got {spelling!r}")
-        self.network = pretrained(AutoModelForImageClassification, model).to(getattr(torch, dtype))
+        self.network = pretrained(AutoModelForImageClassification, model).to(kind)
         labels = list(self.network.config.id2label.values())
         if label not in labels or len(labels) < 2:
             raise ValueError(f"label must be one of the two or more of {model}; got {label!r}, it has {labels}")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .answers import vote
 from .base import Prompt, Reward, Scores
 from .judging import Ask, Judge, published
-from .loading import fill, folder, loading, pretrained_tokenizer, read_model
+from .loading import fill, folder, loading, precision, pretrained_tokenizer, read_model
 from .localjudge import LocalJudge
 from .preprocess import HALF
 
@@ -81,6 +81,7 @@ class MMRLHFJudge(LocalJudge, Assessor):
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     ) -> None:
         Judge.__init__(self)
+        kind = precision(dtype)
         from accelerate import init_empty_weights
         from transformers import LlavaOnevisionForConditionalGeneration
 
@@ -102,7 +103,7 @@ class MMRLHFJudge(LocalJudge, Assessor):
         fill(network, {k: v for k, v in weights.items() if not k.startswith("rm_head.")}, model)
         network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(TURN_END.strip())
         self.head.float()
-        self.network = network.to(getattr(torch, dtype)).eval().requires_grad_(False)
+        self.network = network.to(kind).eval().requires_grad_(False)
         self.processor = processor_of(config, tokenizer)
         self.batch, self.fps, self.reader = 1, 2.0, None
         self.differentiable, self.known = False, {}

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Features, Prompt, Reward
+from .loading import precision
 from .preprocess import Preprocess
 
 __all__ = ["DType", "DualEncoder", "Variant", "pooled", "projected", "unit"]
@@ -61,14 +62,12 @@ class DualEncoder(Reward):
         super().__init__()
         if variant not in Variant.__args__:
             raise ValueError(f"variant must be one of {', '.join(Variant.__args__)}; got {variant!r}")
-        if dtype not in DType.__args__:
-            raise ValueError(f"dtype must be one of {', '.join(DType.__args__)}; got {dtype!r}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be 0 to 1; got {alpha}")
         if baseline is not None and (isinstance(baseline, str) or not baseline):
             raise ValueError(f"baseline must be a list of prompts or None; got {baseline!r}")
         self.variant, self.baseline, self.alpha = variant, baseline, alpha
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = precision(dtype)
         self.remembered: OrderedDict[str, Tensor] = OrderedDict()
 
     @abstractmethod

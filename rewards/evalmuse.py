@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Prompt, Reward
-from .loading import fill, find, loading, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
+from .loading import fill, find, loading, precision, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
 from .preprocess import Preprocess, Quantize
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class EvalMuse(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         from transformers import Blip2QFormerModel
         from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
@@ -115,7 +116,7 @@ class EvalMuse(Reward):
         assert isinstance(size, int)
         self.preprocess = Preprocess("squash", size, quantize=quantize)
         self.differentiable = self.preprocess.differentiable
-        self.vision.to(getattr(torch, dtype))
+        self.vision.to(kind)
         self.freeze()
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .base import Prompt, Reward, Scores
 from .judging import published
-from .loading import expand, fill, folder, loading, pretrained, pretrained_tokenizer, read_model, warn_if_cut
+from .loading import expand, fill, folder, loading, precision, pretrained, pretrained_tokenizer, read_model, warn_if_cut
 from .preprocess import Preprocess, Quantize
 
 __all__ = ["CLIPFlanT5"]
@@ -67,8 +67,9 @@ class CLIPFlanT5(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype, ("float32", "bfloat16"))  # float16 overflows in a T5
         self.tokenizer = pretrained_tokenizer(tokenizer)
-        weights, kind = read_model(model), getattr(torch, dtype)
+        weights = read_model(model)
         with loading(model, "config.json of a CLIP-FlanT5"):
             config = json.loads((folder(model, "config.json") / "config.json").read_text())
         self.language: Any = language(config, weights, model).to(kind)

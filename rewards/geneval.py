@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Prompt, Reward, Scores
-from .loading import expand, imported, pretrained, pretrained_tokenizer
+from .loading import expand, imported, precision, pretrained, pretrained_tokenizer
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, pretrained_preprocess
 
 __all__ = ["Found", "GenEval", "Verdict", "benchmark", "judge", "relations"]
@@ -299,16 +299,17 @@ class GenEval(Reward):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         from transformers import CLIPModel
 
         if variant not in ("correct", "strict", "dense"):
             raise ValueError(f"variant must be correct, strict or dense; got {variant!r}")
         self.variant = variant
         if isinstance(detector, str) and ("/" in detector or Path(expand(detector)).is_dir()):
-            self.detector: Any = Mask2Former(detector, getattr(torch, dtype), short)
+            self.detector: Any = Mask2Former(detector, kind, short)
         else:
             self.detector = imported(detector) if isinstance(detector, str) else detector
-        self.clip = pretrained(CLIPModel, clip).to(getattr(torch, dtype))
+        self.clip = pretrained(CLIPModel, clip).to(kind)
         self.tokenizer: Any = pretrained_tokenizer(clip)
         self.preprocess = pretrained_preprocess(clip, "hard")
         self.remembered: dict[str, Tensor] = {}

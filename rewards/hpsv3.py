@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .base import Features, Prompt, Reward, Scores
 from .judging import published
-from .loading import fill, find, loading, read_weights
+from .loading import fill, find, loading, precision, read_weights
 from .preprocess import Quantize
 from .qwen import Reader, backbone, hidden, native, render
 
@@ -71,6 +71,7 @@ class HPSv3(Reward):
         pixels: int = AREA,
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         network, self.processor = backbone(model, [TOKEN])
         with loading(checkpoint, "a file of HPSv3's weights, or owner/name/file of one on the hub"):
             weights = native(read_weights(find(checkpoint)))
@@ -78,7 +79,7 @@ class HPSv3(Reward):
         self.head = read_head(head, network.config.get_text_config().hidden_size, checkpoint)
         rest = {k: v for k, v in weights.items() if not k.startswith("rm_head.")}
         fill(network, rest, checkpoint, ignore=[r"lm_head\.weight"])
-        self.network = network.to(getattr(torch, dtype))
+        self.network = network.to(kind)
         self.reader = Reader(self.processor, "qwen2_vl", quantize=quantize, min_pixels=pixels, max_pixels=pixels)
         self.token = self.processor.tokenizer.convert_tokens_to_ids(TOKEN)
         self.question = published("hpsv3", "image")

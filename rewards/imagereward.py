@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Prompt, Reward
-from .loading import fill, find, loading, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
+from .loading import fill, find, loading, precision, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
 from .preprocess import Preprocess, Quantize
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class ImageReward(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         self.tokenizer = pretrained_tokenizer(tokenizer)
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's, the last of its vocabulary
         with loading(weights, "a file in the layout of ImageReward.pt, or owner/name/file of one on the hub"):
@@ -113,8 +114,8 @@ class ImageReward(Reward):
         assert isinstance(size, int)
         self.preprocess = Preprocess("shortest_crop", size, offset="round", quantize=quantize)
         self.differentiable = self.preprocess.differentiable
-        self.vision.to(getattr(torch, dtype))
-        self.text.to(getattr(torch, dtype))
+        self.vision.to(kind)
+        self.text.to(kind)
         self.remembered: OrderedDict[str, tuple[list[int], list[int]]] = OrderedDict()
         self.freeze()
 

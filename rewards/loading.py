@@ -26,6 +26,7 @@ __all__ = [
     "folder",
     "imported",
     "loading",
+    "precision",
     "pretrained",
     "pretrained_tokenizer",
     "read_model",
@@ -41,6 +42,17 @@ LISTED = 8  # keys an error names
 def expand(name: str) -> str:
     """Resolves a leading ~; hub ids pass."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def precision(dtype: str, allowed: Sequence[str] = ("float32", "bfloat16", "float16")) -> Any:
+    """The torch.dtype that a network is to run in; asked for first, as loading takes long.
+
+    Raises:
+        ValueError: it is not among those allowed.
+    """
+    if dtype not in allowed:
+        raise ValueError(f"dtype must be one of {', '.join(allowed)}; got {dtype!r}")
+    return getattr(torch, dtype)
 
 
 @contextmanager

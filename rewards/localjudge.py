@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .judging import Ask, Judge
-from .loading import expand, loading, pretrained
+from .loading import expand, loading, precision, pretrained
 from .preprocess import Quantize
 from .qwen import FAMILY, Reader, hidden, render
 
@@ -73,15 +73,15 @@ class LocalJudge(Judge):
             raise ValueError(f"batch must be at least 1 and fps above 0; got {batch} and {fps}")
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        trust = {"trust_remote_code": trust_remote_code}
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        options = {"dtype": precision(dtype), "attn_implementation": attention, "device_map": device_map, **trust}
         with loading(model, "the processor: tokenizer, chat template and preprocessor_config.json"):
             self.processor: Any = AutoProcessor.from_pretrained(expand(model), **trust)
         if not getattr(self.processor, "chat_template", None) or not hasattr(self.processor, "image_processor"):
             raise ValueError(
                 f"{model!r} has no chat template or no image processor: give a chat model that sees images"
             )
-        options: dict[str, Any] = {"attn_implementation": attention, "device_map": device_map, **trust}
-        options = {"dtype": getattr(torch, dtype)} | {k: v for k, v in options.items() if v is not None}
+        options = {k: v for k, v in options.items() if v is not None}
         network = pretrained(AutoModelForImageTextToText, model, **options).eval().requires_grad_(False)
         if device_map is None:
             self.network = network

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Prompt, Reward
-from .loading import expand, fill, find, loading, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
+from .loading import expand, fill, find, loading, precision, pretrained_tokenizer, read_weights, unfilled, warn_if_cut
 from .preprocess import Quantize, pretrained_preprocess
 
 __all__ = ["MPS"]
@@ -81,6 +81,7 @@ class MPS(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         if not threshold < 1:
             raise ValueError(f"threshold must be below 1, where the best word of a prompt is; got {threshold}")
         from transformers import CLIPConfig, CLIPModel
@@ -96,7 +97,7 @@ class MPS(Reward):
         self.scale = self.clip.logit_scale.double().exp().item()
         self.preprocess = pretrained_preprocess(model, quantize)
         self.differentiable = self.preprocess.differentiable
-        self.clip.to(getattr(torch, dtype))
+        self.clip.to(kind)
         self.remembered: OrderedDict[str, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
         self.freeze()
 

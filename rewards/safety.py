@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward, Scores
-from .loading import pretrained
+from .loading import precision, pretrained
 from .preprocess import Quantize, pretrained_preprocess
 
 __all__ = ["Safety", "SafetyChecker"]
@@ -71,11 +71,12 @@ class Safety(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         from transformers import AutoModelForImageClassification
 
         if spelling not in ("probability", "margin"):
             raise ValueError(f"spelling must be probability or margin; got {spelling!r}")
-        self.network = pretrained(AutoModelForImageClassification, model).to(getattr(torch, dtype))
+        self.network = pretrained(AutoModelForImageClassification, model).to(kind)
         labels = [self.network.config.id2label[i] for i in range(self.network.config.num_labels)]
         unsafe = ["nsfw"] if unsafe is None else unsafe
         self.unsafe = [i for i, label in enumerate(labels) if label in unsafe]
@@ -128,11 +129,12 @@ class SafetyChecker(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
         network = pretrained(StableDiffusionSafetyChecker, model)
-        self.tower = network.vision_model.to(getattr(torch, dtype))
-        self.projection = network.visual_projection.to(getattr(torch, dtype))
+        self.tower = network.vision_model.to(kind)
+        self.projection = network.visual_projection.to(kind)
         for name in ("concept_embeds", "special_care_embeds"):
             self.register_buffer(name, F.normalize(getattr(network, name).detach().float(), dim=1))
             self.register_buffer(f"{name}_weights", getattr(network, f"{name}_weights").detach().float())

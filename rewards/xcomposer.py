@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .base import Prompt, Reward
-from .loading import expand, loading, pretrained
+from .loading import expand, loading, precision, pretrained
 from .wire import eight_bits
 
 __all__ = ["XComposerReward"]
@@ -61,19 +61,19 @@ class XComposerReward(Reward):
         dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     ) -> None:
         super().__init__()
+        self.dtype = precision(dtype)
         if not trust_remote_code:
             raise ValueError(f"{model} runs code of its authors: read it, then pass trust_remote_code=True")
         if "{prompt}" not in question + answer:
             raise ValueError(f"question or answer must hold {{prompt}}; got {question!r} and {answer!r}")
         from transformers import AutoModel, AutoTokenizer
 
-        self.network: Any = pretrained(AutoModel, model, trust_remote_code=True, dtype=getattr(torch, dtype))
+        self.network: Any = pretrained(AutoModel, model, trust_remote_code=True, dtype=self.dtype)
         with loading(model, "a model with the method get_score, and its tokenizer"):
             if not callable(getattr(self.network, "get_score", None)):
                 raise OSError(f"{type(self.network).__name__} has no method get_score")
             self.network.tokenizer = AutoTokenizer.from_pretrained(expand(model), trust_remote_code=True)
         self.question, self.answer, self.slices = question, answer, slices
-        self.dtype: torch.dtype = getattr(torch, dtype)
         self.freeze()
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import rewards
 from rewards import CLIPScore, LocalJudge
 from rewards.loading import fill, find, loading, pretrained, pretrained_tokenizer, read_weights
 from rewards.preprocess import pretrained_preprocess
@@ -100,3 +101,27 @@ def test_a_file_is_found_on_disk_first_and_a_name_that_is_none_is_refused(tmp_pa
     assert find("a/b/c.pt").is_file()
     with pytest.raises(FileNotFoundError, match="does not read owner/name/file"):
         find("c.pt")
+
+
+NETWORKS = (
+    rewards.Aesthetic,
+    rewards.CLIPFlanT5,
+    rewards.CLIPScore,
+    rewards.EvalMuse,
+    rewards.GenEval,
+    rewards.HPSv3,
+    rewards.ImageReward,
+    rewards.LocalJudge,
+    rewards.MMRLHFJudge,
+    rewards.MPS,
+    rewards.Safety,
+    rewards.SafetyChecker,
+    rewards.ShadowAesthetic,
+    rewards.XComposerReward,
+)
+
+
+@pytest.mark.parametrize("cls", NETWORKS)
+def test_an_unknown_precision_is_refused_before_anything_is_loaded(cls) -> None:
+    with pytest.raises(ValueError, match=r"dtype must be one of float.*; got 'bf16'"):
+        cls(dtype="bf16")
