@@ -75,7 +75,7 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
         loss=built.loss,
         config=FitConfig(**{f.name: built[f.name] for f in fields(FitConfig)}),
         heldout=options.heldout,
-        gold=built.gold,
+        gold=built.gold and built.gold.to(device),
         cache=options.cache,
         progress=True,
         **how,

@@ -8,6 +8,7 @@ was cut off and goes on from its state ends in the same weights, bit for bit.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ def fit(
     Args:
         adapters: more weights to train, by name.
         state: where to save now and then, and go on from if it is there.
+
+    Raises:
+        ValueError: the loss is not finite.
     """
     trained = (
         dict(head.named_parameters())
@@ -144,6 +148,11 @@ def fit(
         while epoch < config.epochs and epoch - result.best <= config.patience:
             learned = _epoch(head, people, loss, train, encodings, config, optimizer, epoch)
             told = held_out_loss(head, people, loss, held, encodings, config)
+            if result.best < 0 and not math.isfinite(told):
+                raise ValueError(
+                    f"after the first epoch the loss of what is held out is {told}: lower learning_rate, now "
+                    f"{config.learning_rate:g}"
+                )
             result.curve.append((learned, told))
             if result.best < 0 or told < result.curve[result.best][1]:
                 result.best, best = epoch, _copied(trained)

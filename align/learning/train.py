@@ -25,6 +25,7 @@ from rewards.learned import CONFIG, WEIGHTS, add_lora, linear_layers, write_lear
 from ..data import Columns, Feedback, read_feedback
 from ..description import describe
 from ..results import finite, prepare_folder
+from ..scorer import device_of
 from .calibration import Calibration, calibrate, said
 from .data import Comparisons, compare, digest, split
 from .encodings import Cached, Encodings, Live, encode, pixels
@@ -80,7 +81,8 @@ def train_reward(
         config: how it is fitted.
         heldout: preferences on other prompts, to judge the reward by when all is decided. Without them it is judged by the prompts
             that also decided when to stop, which flatters it a little.
-        gold: a reward known to be right, which tells how far the learned one can be trusted as it is optimised.
+        gold: a reward known to be right, on the device it is on, which tells how far the learned one can be trusted as it is
+            optimised.
         out: the folder; the next free runs/NNN by default. If it holds the same run cut off, that goes on.
         cache: a folder that keeps what the encoder sees for other runs; by default it is kept until the run is done.
         columns: of parquet; see `align/parquet.py`.
@@ -96,6 +98,9 @@ def train_reward(
         raise ValueError(f"{type(loss).__name__} needs a head that says how sure it is: MLP(variance=True)")
     if encoder.modality != "image":
         raise ValueError(f"preferences are about images; {encoder.name} looks at {encoder.modality}")
+    if gold is not None and (gold.modality != "image" or gold.compares):
+        why = "compares pictures with one another" if gold.compares else f"looks at {gold.modality}"
+        raise ValueError(f"gold must score each picture by itself; {gold.name} {why}")
     feedback = [read_feedback(p, "preferences", columns=columns) for p in (preferences, heldout) if p is not None]
     train, held, test = _divided(feedback, config)
     check_people(head, train)
@@ -200,10 +205,12 @@ class _Learner:
         prompt = torch.zeros(len(samples), dtype=torch.long).scatter_(0, at, held.prompt[held.record])
         nobody = torch.full((len(samples),), -1)
         proxy = calibration(said(self.head, encodings(samples), codes, nobody).mean, nobody).mean(dim=0)
-        found = [
-            gold(pixels(encodings.samples[i])[None], [encodings.samples[i].prompt])
-            for i in tqdm(samples.tolist(), desc=gold.name, unit="image", disable=not self.progress)
-        ]
+        device = device_of([gold])
+        with torch.no_grad():
+            found = [
+                gold(pixels(encodings.samples[i])[None].to(device), [encodings.samples[i].prompt])
+                for i in tqdm(samples.tolist(), desc=gold.name, unit="image", disable=not self.progress)
+            ]
         return curve(proxy, torch.cat(found).cpu(), prompt)
 
 
@@ -215,9 +222,13 @@ def _divided(feedback: Sequence[Feedback], config: FitConfig) -> tuple[Compariso
     test = held if len(feedback) == 1 else data.take(torch.arange(len(own), len(data)))
     if shared := len(set(own.prompt.tolist()) & set(test.prompt.tolist())) if test is not held else 0:
         raise ValueError(f"{shared} prompts are in both files: what is held out must be new")
-    for part, remedy in ((held, "hold out more"), (test, "add pairs that somebody could tell apart")):
+    for part, what, remedy in (
+        (train, "to learn from", "add pairs that somebody could tell apart"),
+        (held, "held out", "hold out more"),
+        (test, "held out", "add pairs that somebody could tell apart"),
+    ):
         if bool(part.tied.all()):
-            raise ValueError(f"every pair held out is a tie: {remedy}")
+            raise ValueError(f"every pair {what} is a tie: {remedy}")
     return train, held, test
 
 

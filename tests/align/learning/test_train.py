@@ -30,7 +30,7 @@ from align.learning import (
 from align.learning.data import compare, split
 from align.learning.encodings import pixels
 from benchmarks import tastes
-from rewards import Brightness, CLIPScore, CrossEncoder, Prompt
+from rewards import Brightness, CLIPScore, CrossEncoder, FrameDifference, Prompt, Standardised
 from rewards.learned import Learned
 from rewards.shapes import detect
 from samplers import BestOfN
@@ -247,6 +247,10 @@ def test_what_cannot_be_learned_is_refused_before_any_work(world: World, clip: C
         train_reward(world.train, clip, loss=Distributional(), out=tmp_path / "a")
     with pytest.raises(TypeError, match="no features"):
         train_reward(world.train, Brightness(), out=tmp_path / "b")
+    with pytest.raises(ValueError, match="gold must score each picture by itself; FrameDifference looks at video"):
+        train_reward(world.train, clip, gold=FrameDifference(), out=tmp_path / "b")
+    with pytest.raises(ValueError, match=r"gold must score each picture by itself; .* compares"):
+        train_reward(world.train, clip, gold=Standardised(Brightness(), "prompt"), out=tmp_path / "b")
     with pytest.raises(ValueError, match="both files"):
         train_reward(world.train, clip, heldout=world.train, out=tmp_path / "c")
     ties = world.folder / "ties.jsonl"
@@ -256,6 +260,13 @@ def test_what_cannot_be_learned_is_refused_before_any_work(world: World, clip: C
     with pytest.raises(ValueError, match="every pair held out is a tie"):
         train_reward(world.train, clip, heldout=ties, out=tmp_path / "c")
     rows = [json.loads(line) for line in world.train.read_text().splitlines()]
+    decided = {p: i for i, p in enumerate(dict.fromkeys(r["prompt"] for r in rows))}
+    _, held = split(compare(read_feedback(world.train, "preferences").records), 0.1, 0)
+    one = int(held.prompt[0])  # the only prompt of which somebody could tell pictures apart is held out
+    few = world.folder / "few.jsonl"
+    few.write_text("".join(json.dumps(r if decided[r["prompt"]] == one else r | {"winner": None}) + "\n" for r in rows))
+    with pytest.raises(ValueError, match="every pair to learn from is a tie"):
+        train_reward(few, clip, heldout=world.held, out=tmp_path / "c")
     nameless = world.folder / "nameless.jsonl"
     nameless.write_text(
         "".join(json.dumps({k: v for k, v in row.items() if k != "annotator"}) + "\n" for row in rows[:60])
@@ -269,6 +280,13 @@ def test_what_cannot_be_learned_is_refused_before_any_work(world: World, clip: C
     with pytest.raises(ValueError, match="such as silent"):
         train_reward(quiet, clip, head=PAL(width=8), heldout=world.held, config=FitConfig(seed=1), out=tmp_path / "f")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_fit_that_diverges_says_so(world: World, clip: CLIPScore, tmp_path: Path):
+    config = FitConfig(batch=3, epochs=2, learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"loss of what is held out is .*: lower learning_rate, now 1e"):
+        train_reward(world.train, clip, heldout=world.held, cache=world.cache, config=config, out=tmp_path / "r")
+    assert not (tmp_path / "r" / "config.json").exists()
 
 
 def test_the_command_trains_adapts_and_steers(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
