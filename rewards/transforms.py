@@ -39,7 +39,7 @@ from .composite import Adaptive, Wrapper
 
 __all__ = ["Clipped", "Delta", "LogSigmoid", "Standardised"]
 
-LEAST = 1e-8  # of a standard deviation that is divided by
+LEAST = 1e-8  # of a standard deviation that is divided by, below which samples are alike but for rounding
 
 
 class Standardised(Wrapper, Adaptive):
@@ -47,6 +47,7 @@ class Standardised(Wrapper, Adaptive):
 
     over="calibration" takes given numbers and never changes. over="run" begins with them and then takes those of all samples a
     training run has collected; a collection is scored by what was known before it, and nothing but training moves the numbers.
+    As long as all samples are alike the given standard deviation stays in use.
     over="prompt" takes those of the samples of the same prompt in the same call, which are constants to the gradient; samples that
     are all alike get 0.
 
@@ -98,6 +99,7 @@ class Standardised(Wrapper, Adaptive):
             raise ValueError(f"memory must be at least 1 and eps above 0; got {memory} and {eps}")
         self.over, self.memory, self.eps = over, memory, eps
         self.count, self.mean, self.std = 0.0, float(mean), float(std)
+        self.given = self.std
         self.compares = self.compares or over == "prompt"
         self.needs_prompt = self.needs_prompt or over == "prompt"
 
@@ -107,7 +109,8 @@ class Standardised(Wrapper, Adaptive):
             return self.told(within(scores.total, [p.text for p in prompts], self.eps), scores)
         if self.over == "run":
             self.watch(scores.total[:, None])
-        return self.told((scores.total - self.mean) / max(self.std, LEAST), scores)
+        scale = self.std if self.std > LEAST * (1 + abs(self.mean)) else max(self.given, LEAST)
+        return self.told((scores.total - self.mean) / scale, scores)
 
     def learn(self, values: Tensor) -> None:
         new = values[values.isfinite()]

@@ -177,6 +177,16 @@ def test_a_short_memory_forgets() -> None:
     assert short.mean == pytest.approx(5, abs=1e-4) and learnt(Standardised(Plain(), "run"), old, new)[0] < 0.1
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 1000.1])
+def test_samples_that_are_all_alike_say_nothing_about_the_spread(value: float) -> None:
+    """A reward that is 0 for all pictures at first must not drown all others as soon as one picture has some."""
+    reward = Standardised(Plain(), "run", std=0.5)
+    learnt(reward, torch.full((33,), value, dtype=torch.float64))
+    assert reward(grey(0.6)).item() == pytest.approx((0.6 - value) / 0.5, rel=1e-5)
+    learnt(reward, torch.tensor([value, value + 10.0], dtype=torch.float64))
+    assert reward(grey(0.6)).item() == pytest.approx((0.6 - reward.mean) / reward.std, rel=1e-5) and reward.std > 1
+
+
 def test_running_statistics_stay_until_a_trainer_moves_them_and_survive_it() -> None:
     reward = Standardised(Plain(), "run", mean=0.5, std=0.25)
     before = reward(IMAGES)
