@@ -29,6 +29,7 @@ class Composite(Reward):
 
     Raises:
         ValueError: no rewards, or modalities that differ.
+        TypeError: something else than rewards.
     """
 
     def __init__(self, rewards: Rewards) -> None:
@@ -36,6 +37,8 @@ class Composite(Reward):
         kind = type(self).__name__
         if not rewards:
             raise ValueError(f"{kind} needs at least one reward; got none")
+        for child in rewards.values() if isinstance(rewards, Mapping) else rewards:
+            be_reward(child, kind)
         children = named(rewards)
         modalities = {label: child.modality for label, child in children.items()}
         if len(set(modalities.values())) > 1:
@@ -68,6 +71,7 @@ class Wrapper(Reward):
 
     def __init__(self, reward: Reward) -> None:
         super().__init__()
+        be_reward(reward, type(self).__name__)
         self.reward = reward
         self.modality = reward.modality
         self.differentiable = reward.differentiable
@@ -117,6 +121,12 @@ class Adaptive(Reward):
     @abstractmethod
     def worth_watching(self) -> dict[str, float]:
         """The numbers by name, for the log of a run."""
+
+
+def be_reward(part: Any, whole: str) -> None:
+    """Raises a TypeError unless a part of a combination is a reward."""
+    if not isinstance(part, Reward):
+        raise TypeError(f"{whole} is made of rewards, such as CLIPScore(); got {type(part).__name__}: {part!r:.80}")
 
 
 def named(rewards: Rewards) -> dict[str, Reward]:

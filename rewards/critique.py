@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .answers import vote
 from .base import Prompt, Reward, Scores
-from .judging import Ask, Judge, published
+from .judging import Ask, Judge, checked, published
 from .loading import fill, folder, loading, precision, pretrained_tokenizer, read_model
 from .localjudge import LocalJudge
 from .preprocess import HALF
@@ -223,7 +223,9 @@ class Critique(Reward):
             raise ValueError(f"samples must be 1, or drawn at a temperature above 0; got {samples} at {temperature}")
         if "{prompt}" not in question + answer:
             raise ValueError(f"question or answer must hold {{prompt}}; got {question!r} and {answer!r}")
-        self.assessor, self.critic = assessor, critic
+        if not isinstance(assessor, Assessor):
+            raise TypeError(f"assessor must be an Assessor, such as MMRLHFJudge; got {type(assessor).__name__}")
+        self.assessor, self.critic = assessor, None if critic is None else checked(critic)
         self.question = published("mmrlhf", "critique").replace("{question}", question).replace("{answer}", answer)
         self.samples, self.temperature, self.max_tokens = samples, temperature, max_tokens
         self.freeze()

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from .base import Configurable
 
-__all__ = ["Ask", "Judge", "published"]
+__all__ = ["Ask", "Judge", "checked", "published"]
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,19 @@ class Judge(Configurable, nn.Module, ABC):
     def train(self, mode: bool = True) -> Judge:
         """Keeps eval mode whatever is asked."""
         return super().train(False)
+
+
+def checked(judge: Any, modality: str = "image") -> Any:
+    """A reward's judge.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: `modality` is neither image nor video.
+    """
+    if not isinstance(judge, Judge):
+        raise TypeError(
+            f"judge must be a Judge, such as LocalJudge or ServedJudge; got {type(judge).__name__}: {judge!r:.80}"
+        )
+    if modality not in ("image", "video"):
+        raise ValueError(f"modality must be one of image, video; got {modality!r}")
+    return judge

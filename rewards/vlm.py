@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .base import Prompt, Reward, Scores
-from .judging import Ask, Judge, published
+from .judging import Ask, Judge, checked, published
 
 __all__ = ["QAlign", "Rating", "VQAScore", "YesNo"]
 
@@ -44,9 +44,7 @@ class Asked(Reward):
 
     def __init__(self, judge: Judge, system: str, modality: Kind, *questions: str) -> None:
         super().__init__()
-        if modality not in Kind.__args__:
-            raise ValueError(f"modality must be one of {', '.join(Kind.__args__)}; got {modality!r}")
-        self.judge, self.system, self.modality = judge, system, modality
+        self.judge, self.system, self.modality = checked(judge, modality), system, modality
         self.differentiable = judge.differentiable
         self.needs_prompt = any("{prompt}" in question for question in questions)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .answers import answered, share, spread_out, verdict, winner
 from .base import Prompt, Reward, Scores
-from .judging import Ask, Judge, published
+from .judging import Ask, Judge, checked, published
 
 __all__ = ["WinRate"]
 
@@ -98,7 +98,9 @@ class WinRate(Reward):
             raise ValueError(f"form must be one of {', '.join(READERS)}; got {form!r}")
         if samples < 1 or (samples > 1 and temperature <= 0):
             raise ValueError(f"samples must be 1, or drawn at a temperature above 0; got {samples} at {temperature}")
-        self.judge, self.swap, self.samples, self.temperature = judge, swap, samples, temperature
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1; got {max_tokens}")
+        self.judge, self.swap, self.samples, self.temperature = checked(judge, modality), swap, samples, temperature
         self.max_tokens = max_tokens or (SPOKEN if form == "rank" else REASONED)
         self.modality, self.form = modality, form
         self.read = READERS[form]

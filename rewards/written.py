@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .answers import Rule, field, labelled, matched, spread_out, vote
 from .base import Prompt, Reward, Scores
-from .judging import Ask, Judge, published
+from .judging import Ask, Judge, checked, published
 
 __all__ = ["Spoken", "UnifiedReward", "Written"]
 
@@ -47,7 +47,9 @@ class Spoken(Reward):
             )
         if samples > 1 and temperature == 0:
             raise ValueError(f"{samples} samples at temperature 0 are the same one: set temperature, such as 0.5")
-        self.judge, self.samples, self.temperature = judge, samples, temperature
+        if aggregate not in Rule.__args__:
+            raise ValueError(f"aggregate must be one of {', '.join(Rule.__args__)}; got {aggregate!r}")
+        self.judge, self.samples, self.temperature = checked(judge), samples, temperature
         self.aggregate: Rule = aggregate
         self.max_tokens = max_tokens
 
@@ -128,7 +130,9 @@ class Written(Spoken):
         max_tokens: int = 512,
         modality: Literal["image", "video"] = "image",
     ) -> None:
-        super().__init__(judge, samples, temperature, aggregate, max_tokens)
+        super().__init__(checked(judge, modality), samples, temperature, aggregate, max_tokens)
+        if form not in ("text", "json"):
+            raise ValueError(f"form must be text or json; got {form!r}")
         if not low < high or not label:
             raise ValueError(f"Written needs a label and low < high; got {label!r}, {low}, {high}")
         if pattern is not None and (form == "json" or re.compile(pattern).groups < 1):

@@ -201,3 +201,33 @@ def test_a_judge_that_answers_in_prose(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{i}.png") for i in range(3)]
     scored = align.score_set(reward, files, tmp_path / "out", prompts=["a cat", "a dog", "a bird"])
     assert (scored.rows, scored.failed) == (3, {"Written": 2})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: rewards.YesNo("Qwen/Qwen2.5-VL-7B-Instruct"),  # type: ignore[arg-type]
+        lambda: rewards.Written(rewards.Brightness(), "How bright?"),  # type: ignore[arg-type]
+        lambda: rewards.WinRate(rewards.Brightness()),  # type: ignore[arg-type]
+        lambda: rewards.Critique(Scribe(lambda _: None)),  # type: ignore[arg-type]
+        lambda: rewards.Weighted(["CLIPScore"]),  # type: ignore[arg-type]
+        lambda: rewards.Batched("CLIPScore"),  # type: ignore[arg-type]
+    ],
+    ids=["YesNo", "Written", "WinRate", "Critique", "Weighted", "Batched"],
+)
+def test_a_part_of_another_kind_is_refused_when_it_is_given(make) -> None:
+    with pytest.raises(TypeError, match=r"such as .*; got (str|Brightness|Scribe)"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    {
+        "aggregate": ({"aggregate": "avg"}, "aggregate must be one of mean, median"),
+        "form": ({"form": "xml"}, "form must be text or json; got 'xml'"),
+        "modality": ({"modality": "audio"}, "modality must be one of image, video; got 'audio'"),
+    }.values(),
+)
+def test_an_unknown_way_of_asking_is_refused(options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        rewards.Written(Scribe(lambda _: None), "How bright?", **options)
