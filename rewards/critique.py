@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .answers import vote
 from .base import Prompt, Reward, Scores
-from .judging import Ask, Judge, checked, published
+from .judging import Ask, Judge, checked, prompted, published
 from .loading import fill, folder, loading, precision, pretrained_tokenizer, read_model
 from .localjudge import LocalJudge
 from .preprocess import HALF
@@ -232,7 +232,7 @@ class Critique(Reward):
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Scores:
         asks = [
-            Ask(self.question.replace("{prompt}", prompt.text), (image,), seed=seed)
+            Ask(prompted(self.question, prompt.text), (image,), seed=seed)
             for image, prompt in zip(media, prompts, strict=True)
             for seed in range(self.samples)
         ]

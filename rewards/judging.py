@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .base import Configurable
 
-__all__ = ["Ask", "Judge", "checked", "published"]
+__all__ = ["Ask", "Judge", "checked", "prompted", "published"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def published(file: str, name: str) -> str:
     """
     text = (Path(__file__).parent / "questions" / f"{file}.json").read_text(encoding="utf-8")
     return json.loads(text)["questions"][name]
+
+
+def prompted(question: str, prompt: str) -> str:
+    """A question with the prompt in its place; a `<media>` in the prompt is no place for media, and becomes `< media >`."""
+    return question.replace("{prompt}", prompt.replace("<media>", "< media >"))
 
 
 class Judge(Configurable, nn.Module, ABC):

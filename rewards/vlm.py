@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .base import Prompt, Reward, Scores
-from .judging import Ask, Judge, checked, published
+from .judging import Ask, Judge, checked, prompted, published
 
 __all__ = ["QAlign", "Rating", "VQAScore", "YesNo"]
 
@@ -63,7 +63,7 @@ class Asked(Reward):
     def worded(self, question: str, prompt: Prompt | None) -> str:
         """A question about one sample."""
         text = question.replace("{media}", self.modality)
-        return text if prompt is None else text.replace("{prompt}", prompt.text)
+        return text if prompt is None else prompted(text, prompt.text)
 
 
 class YesNo(Asked):

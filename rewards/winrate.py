@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .answers import answered, share, spread_out, verdict, winner
 from .base import Prompt, Reward, Scores
-from .judging import Ask, Judge, checked, published
+from .judging import Ask, Judge, checked, prompted, published
 
 __all__ = ["WinRate"]
 
@@ -112,7 +112,7 @@ class WinRate(Reward):
         pairs = [pair for pair in combinations(range(len(media)), 2) if prompts[pair[0]].text == prompts[pair[1]].text]
         orders = [order for a, b in pairs for order in (((a, b), (b, a)) if self.swap else ((a, b),))]
         asks = [
-            Ask(self.question.replace("{prompt}", prompts[a].text), shown[a] + shown[b], seed=seed)
+            Ask(prompted(self.question, prompts[a].text), shown[a] + shown[b], seed=seed)
             for a, b in orders
             for seed in range(self.samples)
         ]

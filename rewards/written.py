@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .answers import Rule, field, labelled, matched, spread_out, vote
 from .base import Prompt, Reward, Scores
-from .judging import Ask, Judge, checked, published
+from .judging import Ask, Judge, checked, prompted, published
 
 __all__ = ["Spoken", "UnifiedReward", "Written"]
 
@@ -147,7 +147,7 @@ class Written(Spoken):
         self.freeze()
 
     def ask(self, media: Tensor, prompt: Prompt | None, seed: int) -> Ask:
-        text = self.question.replace("{prompt}", prompt.text) if prompt else self.question
+        text = prompted(self.question, prompt.text) if prompt else self.question
         return Ask(text, (media,), self.system, self.start, seed, self.schema)
 
     def read(self, text: str | None) -> tuple[float | None, Reading]:
@@ -236,7 +236,7 @@ class UnifiedReward(Spoken):
 
     def ask(self, media: Tensor, prompt: Prompt | None, seed: int) -> Ask:
         shown = spread_out(media, self.form.frames) if self.form.frames else (media,)
-        return Ask(self.question.replace("{prompt}", str(prompt)), shown, seed=seed)
+        return Ask(prompted(self.question, str(prompt)), shown, seed=seed)
 
     def read(self, text: str | None) -> tuple[float | None, Reading]:
         parts = {name: labelled(text, *how) for name, how in self.form.parts.items()}

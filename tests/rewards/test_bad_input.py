@@ -231,3 +231,14 @@ def test_a_part_of_another_kind_is_refused_when_it_is_given(make) -> None:
 def test_an_unknown_way_of_asking_is_refused(options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         rewards.Written(Scribe(lambda _: None), "How bright?", **options)
+
+
+@pytest.mark.parametrize("text", ["a <media> cat", "<media><media>"])
+def test_a_prompt_cannot_move_the_media(text: str) -> None:
+    judge, images = Scribe(lambda _: "Score: 5"), tiny.natural(2, 8, 8)
+    for reward in (rewards.Written(judge, "How like {prompt} is <media>?"), rewards.UnifiedReward(judge)):
+        reward.score(images, [text, "a cat"])
+        assert all(len(ask.pieces) == 2 for ask in judge.asks)
+    plain = rewards.Written(judge, "How like {prompt}?")
+    plain.score(images, [text, "a cat"])
+    assert judge.asks[0].pieces[0] == "" and judge.asks[0].pieces[1].startswith("How like")
