@@ -19,15 +19,14 @@ from itertools import groupby, islice
 from typing import TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rewards import Prompt
 
+from .decoding import Decoder
 from .entries import Entry
-from .media import fitted, load_rgb
 
-__all__ = ["Batch", "Item", "ahead", "batches", "cut", "cut_whole", "decode", "in_threads", "pixels"]
+__all__ = ["Batch", "Item", "ahead", "batches", "cut", "cut_whole", "decode", "in_threads"]
 
 READY, WINDOW = 2, 2  # batches that wait for the consumer, and to become full
 T = TypeVar("T")
@@ -36,39 +35,30 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Item:
-    """A row whose image was decoded.
+    """A row whose media were decoded.
 
     Attributes:
         chunk: the chunk it belongs to.
         entry: the row.
-        prompt: what its image should show; None if nothing is said.
-        image: (3, H, W) uint8; None if there is a problem.
+        prompt: what they should show; None if nothing is said.
+        media: what the `Decoder` makes of them; None if there is a problem.
         problem: why it cannot be scored.
     """
 
     chunk: int
     entry: Entry
     prompt: Prompt | None = None
-    image: Tensor | None = None
+    media: Tensor | None = None
     problem: str = ""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to score together, with (B, 3, H, W) media; rows that cannot be scored have none."""
+    """Rows to score together, with their media stacked; rows that cannot be scored have none."""
 
     chunk: int
     items: list[Item]
     media: Tensor | None = None
-
-
-def pixels(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
-    """(3, H, W) uint8 of a PIL image, resized and cut to `size` = (H, W) if that is given."""
-    from torchvision.transforms.functional import pil_to_tensor
-
-    if size is not None and (image.height, image.width) != size:
-        return (fitted(image, size) * 255).round().byte()
-    return pil_to_tensor(image)
 
 
 def cut(entries: Iterable[Entry], rows: int) -> Iterator[tuple[int, Entry]]:
@@ -112,14 +102,14 @@ def cut_whole(entries: Iterable[Entry], rows: int, most: int) -> Iterator[tuple[
         yield chunk, entry
 
 
-def decode(chunk: int, entry: Entry, size: tuple[int, int] | None = None) -> Item:
-    """Reads a row's prompt and image; what is wrong with them becomes its problem."""
+def decode(chunk: int, entry: Entry, decoder: Decoder) -> Item:
+    """Reads a row's prompt and media; what is wrong with them becomes its problem."""
     if entry.problem or entry.media is None:
         return Item(chunk, entry, problem=entry.problem)
     prompt = None
     try:
         prompt = entry.asked()
-        return Item(chunk, entry, prompt, pixels(load_rgb(entry.media), size))
+        return Item(chunk, entry, prompt, decoder(entry.media))
     except (ValueError, OSError) as error:
         return Item(chunk, entry, prompt, problem=str(error) or type(error).__name__)
 
@@ -151,12 +141,12 @@ def batches(
     Args:
         batch: rows at most.
         whole: keep consecutive rows of one prompt together.
-        finish: turns (B, 3, H, W) uint8 into what the consumer takes.
+        finish: turns stacked media into what the consumer takes.
     """
     for chunk, rows in groupby(items, key=lambda item: item.chunk):
         buckets: dict[tuple[int, ...], list[Item]] = {}
         for unit in _units(rows, whole):
-            first = unit[0].image
+            first = unit[0].media
             if first is None:
                 yield Batch(chunk, unit)
                 continue
@@ -212,8 +202,8 @@ def ahead(things: Generator[T, None, None], most: int = READY) -> Iterator[T]:
 
 
 def _batch(chunk: int, bucket: list[Item], finish: Callable[[Tensor], Tensor]) -> Batch:
-    media = finish(torch.stack([item.image for item in bucket if item.image is not None]))
-    return Batch(chunk, [replace(item, image=None) for item in bucket], media)
+    media = finish(torch.stack([item.media for item in bucket if item.media is not None]))
+    return Batch(chunk, [replace(item, media=None) for item in bucket], media)
 
 
 def _units(rows: Iterable[Item], whole: bool) -> Iterator[list[Item]]:
@@ -223,12 +213,12 @@ def _units(rows: Iterable[Item], whole: bool) -> Iterator[list[Item]]:
         return
     for _, group in groupby(rows, key=lambda item: item.prompt and (item.prompt.text, item.prompt.negative)):
         group = list(group)
-        good = [item for item in group if item.image is not None]
-        shapes = {tuple(item.image.shape[1:]) for item in good if item.image is not None}
-        yield from ([item] for item in group if item.image is None)
+        good = [item for item in group if item.media is not None]
+        shapes = {tuple(item.media.shape) for item in good if item.media is not None}
+        yield from ([item] for item in group if item.media is None)
         if len(shapes) > 1:
-            sizes = " and ".join("×".join(map(str, shape)) for shape in sorted(shapes))
-            problem = f"the images of one prompt, which are compared, have different sizes {sizes}: give one size"
-            yield from ([replace(item, image=None, problem=problem)] for item in good)
+            sizes = " and ".join("×".join(map(str, shape[len(shape) == 3 :])) for shape in sorted(shapes))
+            problem = f"the media of one prompt, which are compared, have different sizes {sizes}: give one size"
+            yield from ([replace(item, media=None, problem=problem)] for item in good)
         elif good:
             yield good

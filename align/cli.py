@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
         parsed = parser.parse_args(argv)
         return COMMANDS[parsed.command].run(parser, parsed, parsed[parsed.command])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"kilter: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

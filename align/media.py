@@ -1,8 +1,10 @@
-"""Image and latent files of feedback: what may be wrong with them, and how an image is fitted to a model.
+"""Image, video and latent files: what may be wrong with them, and how an image is fitted to a model.
 
 An image is RGB, or something that becomes RGB without loss of meaning: grey, black and white or a palette, and anything with
 transparency, which is laid on white. Files that need a decision (CMYK, Lab, 16 bits or floats a channel, several frames) are
 refused with the remedy. The camera's orientation tag is obeyed, as it is by the viewers people judge images in.
+
+A video is what Pillow reads, such as GIF and WebP, transparency laid on white; or what FFmpeg reads, by the extra `video`.
 
 A latent file is a .safetensors file that holds "x0" (C, H, W), a clean latent, or "latents" (T+1, C, H, W), a whole trajectory
 from noise to clean; or both.
@@ -13,18 +15,34 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["Media", "as_rgb", "fitted", "image_size", "latent_shapes", "load_latents", "load_rgb", "load_video"]
+__all__ = [
+    "SUFFIXES",
+    "Media",
+    "as_rgb",
+    "fitted",
+    "image_size",
+    "latent_shapes",
+    "load_latents",
+    "load_rgb",
+    "load_video",
+]
+
+SUFFIXES: Mapping[str, frozenset[str]] = {  # of files, by modality
+    "image": frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}),
+    "video": frozenset({".mp4", ".m4v", ".webm", ".mkv", ".mov", ".avi", ".mpg", ".mpeg", ".gif", ".webp"}),
+    "audio": frozenset({".wav"}),
+}
 
 MOST_PIXELS = 100_000_000
 EXACT = {"RGB", "RGBA", "L", "LA", "P", "PA", "1"}  # modes that RGB over white represents exactly
@@ -41,7 +59,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.erro
 
 @dataclass(frozen=True)
 class Media:
-    """One image or latent: a file, or bytes that are fetched when they are needed.
+    """One image, video, sound or latent: a file, or bytes that are fetched when they are needed.
 
     Attributes:
         name: what messages call it.
@@ -115,39 +133,46 @@ def as_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def load_video(media: Media, frames: int) -> Tensor:
-    """(F, 3, H, W) in [0, 1]: at most `frames` frames, spread evenly; a picture is a video of one.
+def load_video(media: Media, frames: int) -> list[Image.Image]:
+    """At most `frames` frames in RGB, spread evenly from the first to the last; a picture is a video of one.
 
     Raises:
         ValueError: it cannot be read.
         ImportError: it is a file that Pillow does not read, and the extra `video` is missing.
     """
-    from torchvision.transforms.functional import pil_to_tensor
-
-    data = media.data()
+    _missing(media)
+    data, shown = media.data(), []
     try:
         with Image.open(io.BytesIO(data)) as file:
-            kept = _spread(getattr(file, "n_frames", 1), frames)
-            shown = []
-            for i in kept:
+            for i in _spread(getattr(file, "n_frames", 1), frames):
                 file.seek(i)
-                shown.append(pil_to_tensor(file.convert("RGB")))
-        return torch.stack(shown).float() / 255
-    except UNREADABLE:
-        pass
+                shown.append(as_rgb(file, f"frame {i}"))
+        return shown
+    except UnidentifiedImageError:
+        return _filmed(media, data, frames)
+    except UNREADABLE as error:
+        raise ValueError(f"{media.name} is not a video that can be read, it may be truncated: {error}") from error
+
+
+def _filmed(media: Media, data: bytes, frames: int) -> list[Image.Image]:
+    """Frames by FFmpeg. It decodes twice, for what a container says of its length may be wrong, and all frames may be too many."""
     try:
         import av  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"{media.name} needs a reader of videos: pip install 'kilter[video]'") from error
     try:
-        with av.open(io.BytesIO(data)) as container:
-            decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        with av.open(io.BytesIO(data)) as file:
+            count = sum(1 for _ in file.decode(video=0))
+        kept = set(_spread(count, frames))
+        with av.open(io.BytesIO(data)) as file:
+            shown = [frame.to_image() for i, frame in enumerate(file.decode(video=0)) if i in kept]
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise ValueError(f"{media.name} is not a video that can be read: {error}") from error
-    if not decoded:
+        raise ValueError(f"{media.name} is not a video that can be read, it may be truncated: {error}") from error
+    if not shown:
         raise ValueError(f"{media.name} has no frames")
-    kept = [torch.from_numpy(decoded[i]) for i in _spread(len(decoded), frames)]
-    return torch.stack(kept).permute(0, 3, 1, 2).float() / 255
+    if len({frame.size for frame in shown}) > 1:
+        raise ValueError(f"{media.name} changes its size on the way: encode it at one size")
+    return shown
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -241,7 +266,10 @@ def _opened(media: Media):
             raise ValueError(_too_large(media.name, f": it has {file.width}×{file.height}"))
         _exact(file.mode, media.name)
         if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":  # MPO: a photograph with a preview beside it
-            raise ValueError(f"{media.name} is an animation of {file.n_frames} frames: save the frame that was judged")  # pyright: ignore
+            raise ValueError(
+                f"{media.name} is an animation of {file.n_frames} frames: save the frame that was judged, "  # pyright: ignore
+                "or give it to a reward of videos, such as Framewise around one of images"
+            )
         yield file
 
 

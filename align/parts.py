@@ -1,7 +1,7 @@
 """Scores on disk: parts that are whole or not there, and a manifest that says whose they are.
 
     manifest.json              what is scored by what, versions, done ranges of rows, failures, rows a second
-    scores/part-00000.parquet  row, id, image, prompt, one column a reward, parts, error; by row
+    scores/part-00000.parquet  row, id, image (or video, audio), prompt, one column a reward, parts, error; by row
 
 A part is written under another name, flushed and renamed, so that whatever is there is complete, and what is not there is not
 done: a run that was killed goes on from its parts alone. The manifest repeats what they say for whoever reads it.
@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rewards import Modality
 
 from .checkpoints import flush
 from .description import differences
@@ -40,10 +42,13 @@ class Parts:
         folder: made by `claim`.
         manifest: what `claim` found or wrote.
         names: of the rewards.
+        modality: of the media.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
-        self.folder, self.manifest, self.names = folder, dict(manifest), list(names)
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], names: Sequence[str], modality: Modality = "image"
+    ) -> None:
+        self.folder, self.manifest, self.names, self.modality = folder, dict(manifest), list(names), modality
         self.known: dict[int, dict[str, Any]] = {}
         self.refreshed = time.monotonic()
         self.done = self._chunks()
@@ -52,7 +57,7 @@ class Parts:
         """Puts the rows of a chunk on the disk, as one part.
 
         Args:
-            rows: {"row", "id", "image", "prompt", "scores": {name: value}, "parts": {name: value}, "error"}, in any order.
+            rows: {"row", "id", modality, "prompt", "scores": {name: value}, "parts": {name: value}, "error"}, in any order.
         """
         import pyarrow
         from pyarrow import parquet
@@ -61,7 +66,7 @@ class Parts:
         pair = pyarrow.struct([("name", text), ("value", number)])
         rows = sorted(rows, key=lambda r: r["row"])
         columns = {"row": pyarrow.array([r["row"] for r in rows], pyarrow.int64())}
-        columns |= {k: pyarrow.array([r[k] for r in rows], text) for k in ("id", "image", "prompt")}
+        columns |= {k: pyarrow.array([r[k] for r in rows], text) for k in ("id", self.modality, "prompt")}
         columns |= {n: pyarrow.array([r["scores"][n] for r in rows], number) for n in self.names}
         parts = [[{"name": n, "value": v} for n, v in r["parts"].items()] for r in rows]
         columns["parts"] = pyarrow.array(parts, pyarrow.list_(pair))

@@ -14,6 +14,7 @@ from rewards import Prompt, Reward, Scores
 from rewards.preprocess import sharing
 
 from .ahead import Batch
+from .decoding import as_float
 
 __all__ = ["OnError", "Scorer", "device_of"]
 
@@ -25,13 +26,13 @@ class Scorer:
     """Scores batches.
 
     Args:
-        panel: rewards by name, on the device they are on.
-        on_error: "nan" gives rows that cannot be read or judged NaN and the reason; "unread" stops at an image that cannot be read
+        panel: rewards by name, of one modality, on the device they are on.
+        on_error: "nan" gives rows that cannot be read or judged NaN and the reason; "unread" stops at a file that cannot be read
             or a prompt that is missing, "stop" at whatever has no score.
         tick: called with the number of rows and of errors of every batch.
 
     Raises:
-        ValueError: a reward does not score images.
+        ValueError: `on_error` is unknown.
     """
 
     def __init__(
@@ -39,10 +40,8 @@ class Scorer:
     ) -> None:
         if on_error not in OnError.__args__:
             raise ValueError(f"on_error must be one of {', '.join(OnError.__args__)}; got {on_error!r}")
-        if wrong := [r for r in panel.values() if r.modality != "image"]:
-            raise ValueError(f"sets of images are scored; {wrong[0].name} scores {wrong[0].modality}")
         self.panel, self.on_error, self.tick = dict(panel), on_error, tick
-        self.device = device_of(panel.values())
+        self.modality, self.device = next(iter(panel.values())).modality, device_of(panel.values())
 
     @property
     def whole(self) -> bool:
@@ -50,13 +49,13 @@ class Scorer:
         return any(reward.compares for reward in self.panel.values())
 
     def finish(self, media: Tensor) -> Tensor:
-        """A batch of uint8 as it waits for its turn: what can be done beside the scoring is done."""
+        """A batch as it waits for its turn: what can be done beside the scoring is done."""
         if self.device.type == "cuda":
             return media.pin_memory()
-        return media.float().div_(255) if self.device.type == "cpu" else media
+        return as_float(media) if self.device.type == "cpu" else media
 
     def rows(self, batch: Batch) -> list[dict[str, Any]]:
-        """The rows of a batch: "row", "id", "image", "prompt", "scores", "parts" and "error".
+        """The rows of a batch: "row", "id", the name of the media under their modality, "prompt", "scores", "parts" and "error".
 
         Raises:
             ValueError: a row has none of its scores and `on_error` says to stop, or memory is short.
@@ -65,7 +64,7 @@ class Scorer:
             {
                 "row": item.entry.row,
                 "id": item.entry.id,
-                "image": item.entry.image,
+                self.modality: item.entry.name,
                 "prompt": item.prompt.text if item.prompt else None,
                 "scores": dict.fromkeys(self.panel, math.nan),
                 "parts": {},
@@ -85,8 +84,7 @@ class Scorer:
         return rows
 
     def _judge(self, rows: list[dict[str, Any]], media: Tensor, prompts: list[Prompt | None]) -> None:
-        media = media.to(self.device, non_blocking=True)
-        media = media if media.is_floating_point() else media.float().div_(255)
+        media = as_float(media.to(self.device, non_blocking=True))
         asked = [i for i, prompt in enumerate(prompts) if prompt is not None]
         for name, reward in self.panel.items():
             take = asked if reward.needs_prompt else list(range(len(rows)))
@@ -115,8 +113,8 @@ def _judged(reward: Reward, media: Tensor, prompts: list[Prompt]) -> list[Answer
         with torch.no_grad():
             return _answers(reward.score(media, prompts))
     except torch.OutOfMemoryError as error:
-        size = "×".join(map(str, media.shape[-2:]))
-        raise ValueError(f"{reward.name} ran out of memory with {len(media)} images of {size}: lower batch") from error
+        size = "×".join(map(str, media.shape))
+        raise ValueError(f"{reward.name} ran out of memory with media of {size}: lower batch") from error
     except ValueError as error:
         units = _units(prompts, len(media)) if reward.compares else [[i] for i in range(len(media))]
         if len(units) == 1:

@@ -1,8 +1,9 @@
 """`align.score`: media and prompts in, scores out. `align.score_set`: the same for any number of rows, to files.
 
-A set is read row by row (`entries`), cut into chunks of consecutive rows, decoded ahead in threads (`ahead`), scored in batches of
-equal shape (`scorer`), and written chunk by chunk (`parts`). The processes take turns: the k-th chunk that is not done yet belongs
-to process k modulo their number, so nothing is exchanged while they score. Only what is decoded ahead is in memory.
+A set is read row by row (`entries`), cut into chunks of consecutive rows, decoded (`decoding`) ahead in threads (`ahead`), scored
+in batches of equal shape (`scorer`), and written chunk by chunk (`parts`). The processes take turns: the k-th chunk that is not
+done yet belongs to process k modulo their number, so nothing is exchanged while they score. Only what is decoded ahead is in
+memory.
 
 Rewards that compare (`Reward.compares`) are given all rows of a prompt in one call; a chunk then ends where a prompt does.
 """
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from rewards import Prompt, Reward, Scores, as_prompts
 
-from .ahead import ahead, batches, cut, cut_whole, decode, in_threads, pixels
+from .ahead import ahead, batches, cut, cut_whole, decode, in_threads
+from .decoding import FRAMES, Decoder, as_float, pixels
 from .description import describe
-from .entries import Columns, Entries, Entry, Wanted, entries_of
-from .media import Media, as_rgb, load_rgb
+from .entries import PLURAL, Columns, Entries, Entry, Wanted, entries_of
+from .media import Media, as_rgb
 from .panel import panel_of
 from .parts import Parts, claim
 from .scorer import OnError, Scorer, device_of
@@ -77,31 +79,35 @@ class ScoredSet:
         return {**asdict(self), "rows_per_second": self.rate}
 
 
-def score(reward: Reward, media: Shown, prompts: Prompts = (), *, batch: int = 32) -> Scores:
-    """Scores images or a batch of media.
+def score(reward: Reward, media: Shown, prompts: Prompts = (), *, batch: int = 32, frames: int = FRAMES) -> Scores:
+    """Scores images, videos or sounds, or a batch of media.
 
     Args:
         reward: what to score by, on the device it is on.
-        media: a tensor in the reward's layout, or a list of image files, PIL images or (3, H, W) tensors of any sizes.
+        media: a tensor in the reward's layout, or a list of any sizes: files of its modality, PIL images or single tensors.
         prompts: one a sample, or one for all.
         batch: samples at a time.
+        frames: of a video file, as in `score_set`.
 
     Returns:
         Scores in the order of the media, on the CPU, without a graph.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or no image, or the prompts do not match; raised before anything is scored.
+        FileNotFoundError, ValueError: a file is missing or unreadable, or prompts do not match; raised before anything is scored.
     """
     _check(batch, None, None)
-    images = list(media) if isinstance(media, Tensor) else [_tensor(m) for m in media]
+    what = PLURAL.get(reward.modality, "samples")
+    in_files = not isinstance(media, Tensor) and any(isinstance(m, (str, Path)) for m in media)
+    decoder = Decoder.of([reward], frames=frames) if in_files else None
+    images = list(media) if isinstance(media, Tensor) else [_tensor(m, decoder) for m in media]
     if not images:
-        raise ValueError("no images to score")
+        raise ValueError(f"no {what} to score")
     prompts = as_prompts(prompts)
     prompts = prompts * len(images) if len(prompts) == 1 else prompts
     if prompts and len(prompts) != len(images):
-        raise ValueError(f"got {len(prompts)} prompts for {len(images)} images: pass one for each, or one for all")
+        raise ValueError(f"got {len(prompts)} prompts for {len(images)} {what}: pass one for each, or one for all")
     if reward.needs_prompt and not prompts:
-        raise ValueError(f"{reward.name} needs prompts: pass one for each image, or one for all")
+        raise ValueError(f"{reward.name} needs prompts: pass one for each {reward.modality}, or one for all")
     total = torch.empty(len(images))
     parts: dict[str, Tensor] = {}
     device = device_of([reward])
@@ -122,6 +128,7 @@ def score_set(
     *,
     prompts: Prompts = (),
     size: tuple[int, int] | None = None,
+    frames: int = FRAMES,
     columns: Columns | None = None,
     split: str = "train",
     batch: int = 32,
@@ -130,18 +137,24 @@ def score_set(
     on_error: OnError = "nan",
     progress: bool = False,
 ) -> ScoredSet:
-    """Scores any number of images and writes parquet files, in all processes of `accelerate launch`.
+    """Scores any number of images, videos or sounds and writes parquet files, in all processes of `accelerate launch`.
+
+    Rewards of videos see `frames` frames of each. Those that count by the second are not told how long a video is: set their fps to
+    frames / seconds, or where they have it the number of frames they take.
 
     A run that was cut off, however it was, goes on when it is called again: no row is written twice or left out, and what is scored
     again is at most the chunk each process was at.
 
     Args:
-        rewards: one or several, on the device they are on; each image is decoded once for all.
+        rewards: one or several of one modality, on the device they are on; each file is decoded once for all.
         sources: what to score; see `entries.entries_of`.
         out: a folder, new or that of the run to go on with; see `parts` for what it holds.
-        prompts: one for all in place of their own; or, where sources are image files, one each.
-        size: (height, width) that every image is fitted to beforehand, so that they make full batches; as they are by default.
-        columns: {"image": …, "prompt": …}, where they have other names.
+        prompts: one for all in place of their own; or, where sources are single files, one each.
+        size: (height, width) that every image or frame is fitted to beforehand, so that they make full batches; as they are by
+            default.
+        frames: of a video, at most, spread evenly from the first to the last. The default is two seconds at the 8 a second that
+            rewards take a video to have, from which they choose themselves.
+        columns: {"image": …, "prompt": …}, where they have other names; "video" or "audio" for rewards of these.
         split: of a hub data set.
         batch: rows at a time.
         threads: that decode; as many as there are processors by default.
@@ -155,19 +168,21 @@ def score_set(
     """
     _check(batch, threads, part)
     panel, given = panel_of([rewards] if isinstance(rewards, Reward) else rewards, None), as_prompts(prompts)
-    scorer, entries = Scorer(panel, on_error), entries_of(sources, given, columns, split)
+    scorer, decoder = Scorer(panel, on_error), Decoder.of(panel.values(), size, frames)
+    entries = entries_of(sources, given, columns, split, decoder.modality)
     world = World(cpu=scorer.device.type == "cpu", patience=PATIENCE)
     asked = describe(given[0]) if len(given) == 1 else None
     settings = {"size": size, "prompt": asked, "columns": columns, "split": split}
+    settings |= {"frames": frames} if decoder.modality == "video" else {}
     identity = {"rewards": describe(panel), "source": {"digest": entries.fingerprint()}, "settings": settings}
     folder, manifest = claim(out, identity, part or _part(entries, world, batch), world)
-    parts = Parts(folder, manifest, list(panel))
+    parts = Parts(folder, manifest, list(panel), decoder.modality)
     world.wait()  # all have seen the same parts before one of them adds some
     walk, done = _Walk(entries), sorted(parts.done)
     begun, scored = time.monotonic(), 0
     with _bar(progress and world.first, entries, parts, world) as scorer.tick:
         for chunk, rows in _scored(
-            walk, scorer, parts.manifest["part_rows"], batch, threads, size,
+            walk, scorer, parts.manifest["part_rows"], batch, threads, decoder,
             skip=lambda chunk: chunk in parts.done or (chunk - bisect(done, chunk)) % world.size != world.rank,
         ):  # fmt: skip
             parts.write(chunk, rows)
@@ -195,6 +210,7 @@ def score_rows(
     *,
     prompts: Prompts = (),
     size: tuple[int, int] | None = None,
+    frames: int = FRAMES,
     columns: Columns | None = None,
     split: str = "train",
     batch: int = 32,
@@ -204,8 +220,9 @@ def score_rows(
     """The rows that `score_set` would write, in order, one after another; arguments as there."""
     _check(batch, threads, None)
     panel = panel_of([rewards] if isinstance(rewards, Reward) else rewards, None)
-    entries, scorer = entries_of(sources, as_prompts(prompts), columns, split), Scorer(panel, on_error)
-    for _, rows in _scored(_Walk(entries), scorer, PART, batch, threads, size, skip=lambda chunk: False):
+    scorer, decoder = Scorer(panel, on_error), Decoder.of(panel.values(), size, frames)
+    entries = entries_of(sources, as_prompts(prompts), columns, split, decoder.modality)
+    for _, rows in _scored(_Walk(entries), scorer, PART, batch, threads, decoder, skip=lambda chunk: False):
         yield from sorted(rows, key=lambda row: row["row"])
 
 
@@ -225,7 +242,7 @@ def _scored(
     part: int,
     batch: int,
     threads: int | None,
-    size: tuple[int, int] | None,
+    decoder: Decoder,
     skip: Callable[[int], bool],
 ) -> Iterator[tuple[int, list[Row]]]:
     """(chunk, its rows) of every chunk that is not skipped."""
@@ -237,7 +254,7 @@ def _scored(
     chunks = cut_whole(everything, part, batch) if scorer.whole else cut(everything, part)
     threads = threads or max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     mine = (found for found in chunks if not skip(found[0]))
-    items = in_threads(lambda found: decode(found[0], found[1], size), mine, threads, batch + threads)
+    items = in_threads(lambda found: decode(found[0], found[1], decoder), mine, threads, batch + threads)
     ready = ahead(batches(items, batch, scorer.whole, scorer.finish))
     for chunk, group in groupby(ready, key=lambda made: made.chunk):
         yield chunk, [row for made in group for row in scorer.rows(made)]
@@ -275,13 +292,15 @@ def _bar(show: bool, entries: Entries, parts: Parts, world: World) -> Iterator[C
         yield tick
 
 
-def _tensor(item: str | Path | Image.Image | Tensor) -> Tensor:
+def _tensor(item: str | Path | Image.Image | Tensor, decoder: Decoder | None) -> Tensor:
     if isinstance(item, Tensor):
         return item
-    if not isinstance(item, Image.Image) and not Path(item).is_file():
-        raise FileNotFoundError(f"no image file {item}")
-    image = as_rgb(item) if isinstance(item, Image.Image) else load_rgb(Media(str(item), Path(item)))
-    return pixels(image).float() / 255
+    if isinstance(item, Image.Image):
+        return as_float(pixels(as_rgb(item)))
+    assert decoder is not None
+    if not Path(item).is_file():
+        raise FileNotFoundError(f"no {decoder.modality} file {item}")
+    return as_float(decoder(Media(str(item), Path(item))))
 
 
 def _batches(images: list[Tensor], batch: int) -> list[list[int]]:

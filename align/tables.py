@@ -5,8 +5,8 @@
     a folder        of `kilter score --out`, of parquet files, or of a steering run
     result.json     of a steering run: the samples of one arm
 
-Several tables are joined by what they have in common of "id", "image" and "prompt", so that rewards scored one by one can be
-compared.
+Several tables are joined by what they have in common of "id", "image" (or "video", "audio") and "prompt", so that rewards scored
+one by one can be compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .rows import nearest
 
 __all__ = ["Table", "read_tables"]
 
-KEYS = ("id", "image", "prompt")
+KEYS = ("id", "image", "video", "audio", "prompt")
 OTHERS = {"row", "seed", "weight", "line", "index", "group"}  # numbers that are no scores
 
 

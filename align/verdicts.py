@@ -25,7 +25,8 @@ from torch import Tensor
 from rewards import Reward
 
 from .agreement import accuracy, calibrated, calibration_error, fit_temperature, log_loss, reliability, with_ties
-from .media import Media, fitted, load_rgb, load_video
+from .decoding import Decoder, as_float
+from .media import Media
 from .pairs import Pair, Side, read_pairs
 from .scorer import device_of
 from .scoring import score
@@ -189,10 +190,7 @@ def _compared(reward: Reward, pairs: Sequence[Pair], frames: int) -> tuple[Tenso
 
 def _shown(reward: Reward, media: Media, frames: int) -> Tensor:
     """(3, H, W), or (F, 3, H, W) for a reward of videos."""
-    if reward.modality == "video":
-        return load_video(media, frames)
-    image = load_rgb(media)
-    return fitted(image, (image.height, image.width))
+    return as_float(Decoder(reward.modality, frames=frames)(media))
 
 
 class _Table:

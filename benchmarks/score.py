@@ -24,6 +24,7 @@ from PIL import Image
 
 import align
 from align.ahead import decode, in_threads
+from align.decoding import Decoder
 from align.entries import entries_of
 from rewards import CLIPScore
 
@@ -93,7 +94,12 @@ def pictures(case: Case, folder: Path) -> Path:
 def measure(case: Case, reward: CLIPScore, source: Path, repeats: int) -> dict:
     """Seconds of each, alternating, after one round of warming up."""
     entries = list(entries_of(source).read(0, lambda start, stop: True))
-    media = torch.stack([item.image for entry in entries if (item := decode(0, entry)).image is not None]).float() / 255
+    media = (
+        torch.stack(
+            [item.media for entry in entries if (item := decode(0, entry, Decoder())).media is not None]
+        ).float()
+        / 255
+    )
     prompts = ["a cat"] * case.batch
 
     def bare() -> None:
@@ -105,7 +111,7 @@ def measure(case: Case, reward: CLIPScore, source: Path, repeats: int) -> dict:
             align.score_set(reward, source, out, prompts="a cat", batch=case.batch, threads=case.threads, part=1024)
 
     def decoded() -> None:
-        for _ in in_threads(lambda entry: decode(0, entry), entries, case.threads, 2 * case.batch):
+        for _ in in_threads(lambda entry: decode(0, entry, Decoder()), entries, case.threads, 2 * case.batch):
             pass
 
     runs: dict[str, list[tuple[float, float]]] = {"bare": [], "streamed": [], "decoded": []}

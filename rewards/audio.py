@@ -330,7 +330,8 @@ class Silence(Reward):
 
     def __init__(self, threshold: float = -60.0, piece: float = 0.05, *, sample_rate: int = 48_000) -> None:
         super().__init__()
-        self.threshold, self.samples = threshold, round(piece * positive(sample_rate))
+        self.threshold, self.sample_rate = threshold, positive(sample_rate)
+        self.samples = round(piece * sample_rate)
         if self.samples < 1:
             raise ValueError(f"a piece must last at least one sample; got {piece} s at {sample_rate} Hz")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rewards import Reward
 
-from ..ahead import pixels
+from ..decoding import Decoder, as_float
 from ..loading import best_device, usable
-from ..media import Media, load_rgb
+from ..media import Media
 from ..parsing import FAILED, Parser
 from ..prompts import read_prompts
 
@@ -70,7 +70,7 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
 
 def _stacked(paths: list[str]) -> Tensor:
     """Images of one size: (B, 3, H, W)."""
-    images = [pixels(load_rgb(Media(path, Path(path)))).float() / 255 for path in paths]
+    images = [as_float(Decoder()(Media(path, Path(path)))) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             sizes = " and ".join("{2} x {1}".format(*i.shape) for i in (images[0], image))

@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, Namespace
 from rewards import Reward
 
 from ..comparing import Comparison, compare_scores
+from ..decoding import FRAMES
 from ..loading import best_device, usable
 from ..parsing import Parser
 from ..prompts import read_prompts
@@ -39,7 +40,7 @@ def parser() -> Parser:
         "--rewards", type=Optional[list[Reward]], help="score the sources by these, as kilter score does"
     )
     options.add_argument(
-        "--prompts", nargs="+", type=str, default=[], help="of images: one for all, one each, or a file"
+        "--prompts", nargs="+", type=str, default=[], help="of sources: one for all, one each, or a file"
     )
     options.add_argument("--scores", nargs="+", type=str, default=[], help="columns of the tables; all by default")
     options.add_argument(
@@ -47,7 +48,8 @@ def parser() -> Parser:
     )
     options.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     options.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    options.add_argument("--batch", type=int, default=32, help="images at a time")
+    options.add_argument("--batch", type=int, default=32, help="rows at a time")
+    options.add_argument("--frames", type=int, default=FRAMES, help="of a video, as kilter score takes them")
     options.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …; a GPU if there is one")
     options.add_argument("--out", type=Optional[str], help="folder for comparison.json and comparison.png")
     options.add_argument("--overwrite", action="store_true", help="replace what is in --out")
@@ -77,7 +79,7 @@ def _scored(parser: Parser, parsed: Namespace, options: Namespace) -> Table:
     device = usable(options.device or best_device())
     rewards = [reward.to(device) for reward in parser.instantiate(parsed)[parsed.command].rewards]
     prompts = read_prompts(options.prompts) if options.prompts else []
-    rows = list(score_rows(rewards, options.sources, prompts=prompts, batch=options.batch))
+    rows = list(score_rows(rewards, options.sources, prompts=prompts, batch=options.batch, frames=options.frames))
     columns = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
     scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
     return Table(tuple(row["prompt"] or "" for row in rows), scores)

@@ -1,4 +1,4 @@
-"""One image and its prompt as a row of something larger, and what any reader of such rows must answer.
+"""One image, video or sound and its prompt as a row of something larger, and what any reader of such rows must answer.
 
 A reader walks its rows in an order that does not change while the files do not, so a row's number is the same in every process and
 after every restart. Rows nobody wants are passed over as cheaply as the format allows. Reading a row touches no pixels: its
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewards import Prompt
+from rewards import Modality, Prompt
 
 from ..media import Media
 
-__all__ = ["IMAGES", "PROMPTS", "Columns", "Entries", "Entry", "Wanted", "chosen", "ends", "prompt_of", "sidecar"]
+__all__ = ["PLURAL", "PROMPTS", "Columns", "Entries", "Entry", "Wanted", "chosen", "ends", "prompt_of", "sidecar"]
 
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+PLURAL = {"image": "images", "video": "videos", "audio": "sounds"}
 PROMPTS = ("prompt", "caption", "text")  # the first of them that a row has
 END = 1 << 16  # bytes of a large file's head and tail that stand for it: the tail holds parquet's index
 
@@ -37,15 +37,15 @@ class Entry:
     Attributes:
         row: its number in the source, from 0.
         id: where it stands, relative to the source: a file's path, or a container's path, "#" and the place in it.
-        image: the image's own name, if it has one.
-        media: the image; None if there is a problem.
+        name: that of the media themselves, if they have one.
+        media: what is scored; None if there is a problem.
         prompt: the prompt, or what reads it when it is needed; None if there is none.
         problem: why the row cannot be scored.
     """
 
     row: int
     id: str
-    image: str | None = None
+    name: str | None = None
     media: Media | None = None
     prompt: Prompt | Callable[[], Prompt | None] | None = None
     problem: str = ""
@@ -60,7 +60,7 @@ class Entry:
 
 
 class Entries(ABC):
-    """Rows of an image and a prompt in a fixed order.
+    """Rows of media and a prompt in a fixed order.
 
     Attributes:
         name: as it was given.
@@ -79,17 +79,17 @@ class Entries(ABC):
         """Changes when the rows do."""
 
 
-def chosen(columns: Columns | None) -> tuple[list[str] | str | None, str | None]:
-    """What was chosen for "image" and for "prompt".
+def chosen(columns: Columns | None, modality: Modality = "image") -> tuple[list[str] | str | None, str | None]:
+    """What was chosen for the media, named by modality, and for "prompt".
 
     Raises:
         ValueError: something else was.
     """
     columns = columns or {}
     prompt = columns.get("prompt")
-    if set(columns) - {"image", "prompt"} or isinstance(prompt, list):
-        raise ValueError(f"columns names one or more for image, and one for prompt; got {dict(columns)}")
-    return columns.get("image"), prompt
+    if set(columns) - {modality, "prompt"} or isinstance(prompt, list):
+        raise ValueError(f"columns names one or more for {modality}, and one for prompt; got {dict(columns)}")
+    return columns.get(modality), prompt
 
 
 def prompt_of(row: Mapping[str, Any], name: str | None = None, leave: tuple[str, ...] = ()) -> Prompt | None:
@@ -112,14 +112,14 @@ def prompt_of(row: Mapping[str, Any], name: str | None = None, leave: tuple[str,
 
 
 def sidecar(record: Callable[[], bytes] | None, text: Callable[[], bytes] | None) -> Prompt | None:
-    """The prompt in the files beside an image: that of the .json, else the .txt with the .json as meta.
+    """The prompt in the files beside media: that of the .json, else the .txt with the .json as meta.
 
     Raises:
         ValueError, OSError: they cannot be read.
     """
     meta: Any = {} if record is None else json.loads(record().decode("utf-8-sig"))
     if not isinstance(meta, dict):
-        raise ValueError(f"the .json beside an image must hold an object; got {type(meta).__name__}")
+        raise ValueError(f"the .json beside media must hold an object; got {type(meta).__name__}")
     if (prompt := prompt_of(meta)) is not None or text is None:
         return prompt
     words = text().decode("utf-8-sig").strip()

@@ -1,7 +1,7 @@
 """WebDataset shards: tar files in which consecutive members of the same name, up to its first dot, are one row.
 
-000012.jpg, 000012.txt and 000012.json are an image, its caption and what else is known of it. A shard is not unpacked: its headers
-are read in order, an image when it is decoded. Members of other kinds are passed over.
+000012.jpg, 000012.txt and 000012.json are an image, its caption and what else is known of it; so with videos and sounds. A shard is
+not unpacked: its headers are read in order, an image when it is decoded. Members of other kinds are passed over.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
-from ..media import Media
-from .base import IMAGES, Entries, Entry, Wanted, ends, sidecar
+from rewards import Modality
+
+from ..media import SUFFIXES, Media
+from .base import Entries, Entry, Wanted, ends, sidecar
 
 __all__ = ["Shard"]
 
@@ -26,13 +28,14 @@ class Shard(Entries):
     Args:
         path: the file, not compressed.
         prefix: of the ids.
+        modality: which members to take.
 
     Raises:
         ValueError: it is no tar file.
     """
 
-    def __init__(self, path: Path, prefix: str = "") -> None:
-        self.path, self.name, self.id = path, str(path), f"{prefix}{path.name}"
+    def __init__(self, path: Path, prefix: str = "", modality: Modality = "image") -> None:
+        self.path, self.name, self.id, self.modality = path, str(path), f"{prefix}{path.name}", modality
         if path.stat().st_size == 0 or not tarfile.is_tarfile(path):
             raise ValueError(f"{path} is not a .tar file that can be read, it may be truncated")
 
@@ -77,11 +80,11 @@ class Shard(Entries):
 
     def _entry(self, row: int, key: str, members: Members) -> Entry:
         place = f"{self.id}#{key}"
-        images = [suffix for suffix in members if suffix in IMAGES]
-        if len(images) != 1:
+        media = [suffix for suffix in members if suffix in SUFFIXES[self.modality]]
+        if len(media) != 1:
             found = f"it has {', '.join(members)}"
-            return Entry(row, place, problem=f"{'no image' if not images else 'more than one image'}: {found}")
-        name, fetch = members[images[0]]
+            return Entry(row, place, problem=f"{'more than one' if media else 'no'} {self.modality}: {found}")
+        name, fetch = members[media[0]]
         record, text = (members[s][1] if s in members else None for s in (".json", ".txt"))
         return Entry(row, place, name, Media(f"{self.id}#{name}", fetch=fetch), partial(sidecar, record, text))
 

@@ -69,7 +69,7 @@ def test_passing_over_rows_changes_no_numbers(source):
     assert total == COUNT
     assert {9, 17} <= {e.row for e in some}
     for entry in some:
-        assert (entry.id, entry.image) == (whole[entry.row].id, whole[entry.row].image)
+        assert (entry.id, entry.name) == (whole[entry.row].id, whole[entry.row].name)
     assert levels(some) == levels([whole[e.row] for e in some])
 
 
@@ -140,7 +140,7 @@ def test_a_list_in_a_folder_says_what_to_take(tmp_path):
     pictures.folder(tmp_path, 4)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "deep/0003.png", "text": "three"}\n')
     (only,), total = read(entries_of(tmp_path))
-    assert (total, only.image, only.asked()) == (1, "deep/0003.png", Prompt("three"))
+    assert (total, only.name, only.asked()) == (1, "deep/0003.png", Prompt("three"))
 
 
 def test_lines_that_cannot_be_used_are_rows_with_a_reason(tmp_path):
@@ -187,7 +187,7 @@ def test_paths_and_empty_cells_in_tables(tmp_path):
     columns = {"image": ["0000.png", None, "gone.png"], "prompt": ["a", "b", None]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
     there, empty, gone = read(entries_of(tmp_path / "rows.parquet"))[0]
-    assert (levels([there]), there.image) == ([0], "0000.png")
+    assert (levels([there]), there.name) == ([0], "0000.png")
     assert "holds no image in image" in empty.problem
     assert gone.asked() is None
     with pytest.raises(ValueError, match=r"gone.png"):
@@ -227,7 +227,7 @@ def test_rows_of_a_shard_with_no_image_or_two(tmp_path):
             archive.addfile(info, io.BytesIO(b"1234"))
     a, b, c = read(entries_of(tmp_path / "odd.tar"))[0]
     assert "no image: it has .txt" in a.problem
-    assert b.image == "dir/b.png"
+    assert b.name == "dir/b.png"
     assert "more than one image" in c.problem
 
 

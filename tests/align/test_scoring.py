@@ -181,7 +181,10 @@ def test_arguments_that_cannot_work_are_refused_before_anything_is_made(folder, 
         ({"batch": 0}, "must be ≥ 1; got 0"),
         ({"threads": 0}, "must be ≥ 1; got 0"),
         ({"on_error": "ignore"}, "on_error must be one of nan, unread, stop"),
-        ({"rewards": Framewise(Brightness())}, "Framewise.* scores video"),
+        (
+            {"rewards": [Brightness(), Framewise(Brightness())]},
+            "look at the same media; got .*wrap those of images in Framewise",
+        ),
         ({"prompts": ["a", "b"]}, "got 2 prompts"),
         ({"columns": {"picture": "x"}}, "columns names one or more"),
     ]

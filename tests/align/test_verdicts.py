@@ -15,7 +15,8 @@ from pyarrow import parquet
 
 from align import eval_reward
 from align.cli import main
-from align.media import Media, load_video
+from align.decoding import Decoder, as_float
+from align.media import Media
 from align.pairs import Pair, Side, read_pairs
 from rewards import Prompt, Reward, Scores
 
@@ -170,7 +171,7 @@ def test_videos_are_read_and_judged_by_aspect(tmp_path: Path) -> None:
         frames[0].save(tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "rows.csv").write_text("prompt,path_A,path_B,VQ,MQ,TA,Overall\nx,a.gif,b.gif,A,same,B,B\n")
     pairs = read_pairs(tmp_path / "rows.csv")
-    assert load_video(pairs[0].b.media, 2)[:, 0, 0, 0].tolist() == pytest.approx([0.6, 1.0])
+    assert Decoder("video", frames=2)(pairs[0].b.media)[:, 0, 0, 0].tolist() == [153, 255]
     reward = Level("video")
     found = eval_reward(reward, pairs, resamples=2)
     assert found.differences.tolist() == pytest.approx([0.5, -0.5, -0.5, -0.5], abs=0.01)
@@ -178,7 +179,7 @@ def test_videos_are_read_and_judged_by_aspect(tmp_path: Path) -> None:
     assert sorted(reward.seen) == [("x", 0.3), ("x", 0.8)]
     (tmp_path / "c.gif").write_bytes(b"no video")
     with pytest.raises((ValueError, ImportError), match=r"kilter\[video\]|not a video"):
-        load_video(Media("c.gif", tmp_path / "c.gif"), 2)
+        Decoder("video")(Media("c.gif", tmp_path / "c.gif"))
 
 
 def test_encoded_videos_are_read_by_the_extra(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_encoded_videos_are_read_by_the_extra(tmp_path: Path) -> None:
             picture = Image.new("RGB", (32, 32), (round(255 * value),) * 3)
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
-    video = load_video(Media("a.mp4", tmp_path / "a.mp4"), 3)
+    video = as_float(Decoder("video", frames=3)(Media("a.mp4", tmp_path / "a.mp4")))
     assert video.shape == (3, 3, 32, 32)
     assert video.mean((1, 2, 3)).tolist() == pytest.approx(
         [0.2, 0.6, 0.8], abs=0.03
