@@ -135,8 +135,8 @@ def _confidence(axis: Any, found: Verdicts) -> None:
     confidence, right, count = found.reliability
     axis.set_title("Accuracy against confidence")
     axis.plot([0.5, 1], [0.5, 1], color=LINE, linewidth=1.2, zorder=1)
+    error = (right * (1 - right) / count).sqrt()
     if len(count):
-        error = (right * (1 - right) / count).sqrt()
         axis.errorbar(
             confidence.tolist(),
             right.tolist(),
@@ -147,11 +147,11 @@ def _confidence(axis: Any, found: Verdicts) -> None:
             linewidth=1.4,
         )
     told = f"T = {found.temperature:.3g}, expected calibration error {found.ece:.3f}, {found.nll:.3f} nats a pair"
-    axis.text(0.98, 0.03, told.replace("nan", "–"), transform=axis.transAxes, ha="right", color=SOFT, fontsize=8.5)
+    axis.text(0.02, 0.97, told.replace("nan", "–"), transform=axis.transAxes, va="top", color=SOFT, fontsize=8.5)
     axis.set_xlabel("confidence, sigmoid(|D| / T); bars are one standard error")
     axis.set_ylabel("accuracy")
     axis.set_xlim(0.48, 1.02)
-    axis.set_ylim(min(0.45, *(right - 0.05).tolist()) if len(count) else 0.45, 1.03)
+    axis.set_ylim(min([0.45, *(right - error - 0.02).tolist()]), 1.1)
 
 
 def _number(value: Tensor) -> str:

@@ -84,6 +84,7 @@ def draw(path: Path, report: Mapping[str, Any], losses: Sequence[tuple[float, fl
     """Writes three panels, whole or not at all: the fit, reliability, and best of n where a gold reward was asked."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from ..curves import STYLE
     from ..pictures import INKS, SOFT
@@ -106,10 +107,13 @@ def draw(path: Path, report: Mapping[str, Any], losses: Sequence[tuple[float, fl
         if points := report.get("best_of_n"):
             for name, label, ink in (("proxy", "learned", INKS["optimised"]), ("gold", report["gold"], INKS["judge"])):
                 axis = axes[2] if name == "proxy" else axes[2].twinx()
-                axis.plot(points["n"], points[name], color=ink, marker="o", markersize=4)
+                line, size = ("-", 7) if name == "proxy" else ("--", 4)  # on scales of their own they may coincide
+                axis.plot(points["n"], points[name], color=ink, linestyle=line, marker="o", markersize=size)
                 axis.set_ylabel(label, color=ink)
                 axis.grid(False)
             axes[2].set(title="Best of n by the learned reward", xlabel="n")
+        for axis in axes[::2]:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in axes:
             axis.tick_params(length=0)
         partial = path.with_name(f"{path.name}.partial")

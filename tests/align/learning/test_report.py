@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from align.learning import report
 from align.learning.data import Sample
@@ -37,3 +38,23 @@ def test_ties_count_half_or_not_at_all_and_the_scale_is_calibrated_away():
     assert scaled["temperature"] == pytest.approx(70 * found["temperature"], rel=1e-6)
     assert scaled["nll_calibrated"] == pytest.approx(found["nll_calibrated"], abs=1e-6)
     assert math.isnan(found["slopes"]["prompt_word"])
+
+
+def test_curves_that_coincide_are_both_seen_and_n_is_whole(tmp_path, monkeypatch):
+    """Of two samples a prompt, both curves are straight lines from corner to corner of their own scales."""
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *how, **more: (drawn.append(self), save(self, *how, **more)))
+    points = {"n": [1.0, 2.0], "kl": [0.0, 0.2], "proxy": [0.0, 1.0], "gold": [0.5, 0.6]}
+    told = {
+        "reliability": [(0.6, 0.5, 3)],
+        "accuracy": 0.5,
+        "ece_calibrated": 0.1,
+        "gold": "Shapes",
+        "best_of_n": points,
+    }
+    report.draw(tmp_path / "report.png", told, [(1.0, 1.0), (0.5, 0.6)], 1)
+    own, gold = drawn[0].axes[2:4]
+    assert own.lines[0].get_linestyle() != gold.lines[0].get_linestyle()
+    for axis in (drawn[0].axes[0], own):
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())
