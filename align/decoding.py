@@ -48,11 +48,11 @@ class Decoder:
             ValueError: they do not look at the same media.
         """
         rewards = list(rewards)
-        modalities = {reward.name: reward.modality for reward in rewards}
-        if len(set(modalities.values())) > 1:
+        if len({reward.modality for reward in rewards}) > 1:
+            got = ", ".join(f"{reward.name} of {reward.modality}" for reward in rewards)
             raise ValueError(
-                f"rewards that score together look at the same media; got {modalities}: wrap those of images in "
-                "Framewise, or score by each alone"
+                f"rewards that score together look at the same media; got {got}: wrap those of images in Framewise, "
+                "or score by each alone"
             )
         parts = (part for reward in rewards for part in reward.modules() if isinstance(part, Reward))
         rates = {rate for part in parts if isinstance(rate := getattr(part, "sample_rate", None), int)}

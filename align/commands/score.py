@@ -31,8 +31,8 @@ HOW = (
 def parser() -> Parser:
     """The command's options."""
     options = Parser(
-        description="Score files, folders, .jsonl, .parquet, .tar shards or hub data sets: images, videos or .wav sounds, as the "
-        "rewards look at."
+        description="Score files, folders, .jsonl, .parquet, .tar shards or hub data sets: images, videos or .wav files, whichever "
+        "the rewards look at."
     )
     options.add_argument("--config", action=ActionConfigFile, help="YAML with any of these options")
     options.add_argument("sources", nargs="+", type=str, help="files, folders, .jsonl, .parquet, .tar, or a hub id")
@@ -49,7 +49,7 @@ def parser() -> Parser:
         "--frames",
         type=int,
         default=FRAMES,
-        help="of a video, evenly spread; a reward with fps is told frames / seconds",
+        help="of a video at most, evenly spread; set the fps of a reward that has it to frames / seconds",
     )
     options.add_argument(
         "--columns",

@@ -224,7 +224,7 @@ def test_images_are_not_taken_for_videos_nor_videos_for_images(tmp_path):
     table(tmp_path / "in.parquet", film, "video")
     with pytest.raises(ValueError, match="no columns of sounds among video, image, prompt"):
         align.score_set(Peak(), tmp_path / "in.parquet", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"'Brightness': 'image', 'Peak': 'audio'.*score by each alone"):
+    with pytest.raises(ValueError, match=r"Brightness of image, Peak of audio: .*score by each alone"):
         align.score_set([Brightness(), Peak()], tmp_path / "in", tmp_path / "out")
     with pytest.raises(ValueError, match="one or more for video, and one"):
         align.score_set(Frames(), tmp_path / "in", tmp_path / "out", columns={"image": "x"})
