@@ -127,7 +127,9 @@ def taken(function: Callable[..., Any]) -> int:
     return len(required)
 
 
-def from_callable(function: str | Callable[..., Any], layout: Layout = "NCHW01", *, differentiable: bool = False) -> Reward:
+def from_callable(
+    function: str | Callable[..., Any], layout: Layout = "NCHW01", *, differentiable: bool = False
+) -> Reward:
     """A function as a reward: see `FromCallable`."""
     return FromCallable(function, layout, differentiable=differentiable)
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Prompt, Reward
-from .loading import pretrained
+from .loading import precision, pretrained
 from .preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, at_least_float32, resample
 
 __all__ = ["Action", "BackgroundConsistency", "SubjectConsistency"]
@@ -75,9 +75,10 @@ class SubjectConsistency(Consistency):
 
     def __init__(self, model: str = "facebook/dino-vitb16", *, dtype: DType = "float32") -> None:
         super().__init__()
+        kind = precision(dtype)
         from transformers import ViTModel
 
-        self.network = pretrained(ViTModel, model, add_pooling_layer=False).to(getattr(torch, dtype))
+        self.network = pretrained(ViTModel, model, add_pooling_layer=False).to(kind)
         self.freeze()
 
     def features(self, frames: Tensor) -> Tensor:
@@ -108,11 +109,12 @@ class BackgroundConsistency(Consistency):
 
     def __init__(self, model: str = "openai/clip-vit-base-patch32", *, dtype: DType = "float32") -> None:
         super().__init__()
+        kind = precision(dtype)
         from transformers import CLIPModel
 
         network = pretrained(CLIPModel, model)
-        self.tower = network.vision_model.to(getattr(torch, dtype))
-        self.projection = network.visual_projection.to(getattr(torch, dtype))
+        self.tower = network.vision_model.to(kind)
+        self.projection = network.visual_projection.to(kind)
         side = network.config.vision_config.image_size
         self.preprocess = Preprocess(
             size=side, mean=CLIP_MEAN, std=CLIP_STD, antialias=False, clamp=False, offset="round"
@@ -154,6 +156,7 @@ class Action(Reward):
         dtype: DType = "float32",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         from transformers import VideoMAEForVideoClassification
 
         network = pretrained(VideoMAEForVideoClassification, model)
@@ -166,7 +169,7 @@ class Action(Reward):
         if action is not None and action.lower() not in self.labels:
             near = ", ".join(get_close_matches(action.lower(), self.labels, 3, 0))
             raise ValueError(f"{model!r} knows {len(self.labels)} actions, not {action!r}; nearest: {near}")
-        self.network = network.to(getattr(torch, dtype))
+        self.network = network.to(kind)
         self.freeze()
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .base import Prompt, Reward, Scores
 from .judging import published
-from .loading import fill, folder, loading, read_weights
+from .loading import fill, folder, loading, precision, read_weights
 from .preprocess import Quantize
 from .qwen import Reader, backbone, chosen, hidden, native, render
 
@@ -85,6 +85,7 @@ class VideoReward(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         self.parts: list[Part] = list(TOKENS) if parts is None else [part for part in TOKENS if part in parts]
         if not self.parts or set(parts or TOKENS) - set(TOKENS):
             raise ValueError(f"parts must be some of {', '.join(TOKENS)}; got {parts}")
@@ -105,7 +106,7 @@ class VideoReward(Reward):
         if head.ndim != 2 or len(head) not in (1, 3):
             raise ValueError(f"{path} needs rm_head.weight with 1 or 3 rows; it has {tuple(head.shape)}")
         fill(self.network, native(weights), str(path), ignore=("lm_head.weight",))
-        self.network.to(getattr(torch, dtype))
+        self.network.to(kind)
         self.head = nn.Parameter(head.float())
         question = published("videoalign", "detailed_special")
         last = TOKENS[self.parts[-1]]

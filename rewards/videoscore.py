@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .base import Prompt, Reward, Scores
 from .judging import published
-from .loading import expand, fill, loading, read_model
+from .loading import expand, fill, loading, precision, read_model
 from .preprocess import Preprocess, Quantize, at_least_float32, resample
 from .qwen import Reader, backbone, chosen, hidden, native, render
 
@@ -82,6 +82,7 @@ class VideoScore(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
+        kind = precision(dtype)
         self.aspects: list[Aspect] = list(ASPECTS) if aspects is None else list(aspects)
         if not self.aspects or set(self.aspects) - set(ASPECTS):
             raise ValueError(f"aspects must be some of {', '.join(ASPECTS)}; got {aspects}")
@@ -102,7 +103,7 @@ class VideoScore(Reward):
             self.reader: Qwen | Idefics = Qwen(model, weights, fps, frames, max_pixels, quantize)
         else:
             self.reader = Idefics(model, weights, frames or FRAMES, quantize)
-        self.network = self.reader.network.to(getattr(torch, dtype))
+        self.network = self.reader.network.to(kind)
         self.question = published("videoscore", "regression")
         self.differentiable = quantize != "hard"
         self.freeze()
@@ -160,7 +161,7 @@ class Idefics:
 
         with loading(model, "config.json, tokenizer and preprocessor_config.json of an Idefics2"):
             config = Idefics2Config.from_pretrained(expand(model))
-            self.processor = AutoProcessor.from_pretrained(expand(model))
+            self.processor = AutoProcessor.from_pretrained(expand(model), trust_remote_code=False)
         images = self.processor.image_processor
         if images.do_image_splitting or int(images.resample) != 2 or not images.size.get("shortest_edge"):
             raise ValueError(
