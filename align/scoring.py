@@ -93,7 +93,8 @@ def score(reward: Reward, media: Shown, prompts: Prompts = (), *, batch: int = 3
         Scores in the order of the media, on the CPU, without a graph.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or unreadable, or prompts do not match; raised before anything is scored.
+        FileNotFoundError, ValueError: a file is missing or unreadable, prompts do not match, or a reward that compares the samples
+            of a prompt cannot have them in one call; raised before anything is scored.
     """
     _check(batch, None, None)
     what = PLURAL.get(reward.modality, "samples")
@@ -112,7 +113,7 @@ def score(reward: Reward, media: Shown, prompts: Prompts = (), *, batch: int = 3
     parts: dict[str, Tensor] = {}
     device = device_of([reward])
     with torch.no_grad():
-        for rows in _batches(images, batch):
+        for rows in _whole(reward, images, prompts, batch) if reward.compares else _batches(images, batch):
             media = torch.stack([images[i] for i in rows]).to(device)
             scores = reward.score(media, [prompts[i] for i in rows] if prompts else [])
             total[rows] = scores.total.cpu()
@@ -309,3 +310,16 @@ def _batches(images: list[Tensor], batch: int) -> list[list[int]]:
     for i, image in enumerate(images):
         by_shape.setdefault(tuple(image.shape), []).append(i)
     return [rows[j : j + batch] for rows in by_shape.values() for j in range(0, len(rows), batch)]
+
+
+def _whole(reward: Reward, images: list[Tensor], prompts: list[Prompt], batch: int) -> list[list[int]]:
+    """Indices of all samples of each prompt, for a reward that compares them."""
+    by_prompt: dict[tuple[str, str] | None, list[int]] = {}
+    for i in range(len(images)):
+        by_prompt.setdefault((prompts[i].text, prompts[i].negative) if prompts else None, []).append(i)
+    for rows in by_prompt.values():
+        if len(rows) > batch:
+            raise ValueError(f"{reward.name} compares the {len(rows)} samples of a prompt: raise batch, now {batch}")
+        if len(shapes := {tuple(images[i].shape) for i in rows}) > 1:
+            raise ValueError(f"{reward.name} compares the samples of a prompt, which have different sizes {shapes}")
+    return list(by_prompt.values())

@@ -58,13 +58,13 @@ def parser() -> Parser:
 
 
 def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
+    out = None if options.out is None else prepare_folder(options.out, options.overwrite)
     read = (options.sources, options.scores, options.arm)
     table = _scored(parser, parsed, options) if options.rewards else read_tables(*read)
     found = compare_scores(table.scores, table.prompts, resamples=options.resamples, seed=options.seed)
-    if options.out is not None:
+    if out is not None:
         from ..charts import draw_comparison
 
-        out = prepare_folder(options.out, options.overwrite)
         (out / "comparison.json").write_text(json.dumps(found.as_dict(), indent=1))
         draw_comparison(Path(out) / "comparison.png", found)
         print(f"wrote {out}/comparison.json, {out}/comparison.png", file=sys.stderr)
@@ -80,9 +80,16 @@ def _scored(parser: Parser, parsed: Namespace, options: Namespace) -> Table:
     rewards = [reward.to(device) for reward in parser.instantiate(parsed)[parsed.command].rewards]
     prompts = read_prompts(options.prompts) if options.prompts else []
     rows = list(score_rows(rewards, options.sources, prompts=prompts, batch=options.batch, frames=options.frames))
+    if not rows:
+        raise ValueError(f"{', '.join(options.sources)} holds nothing to score")
+    if bare := [row["image"] or row["id"] for row in rows if row["prompt"] is None]:
+        raise ValueError(
+            f"{len(bare)} of {len(rows)} samples have no prompt, such as {bare[0]}, and rewards are compared within prompts: "
+            "pass --prompts, one for all or one each"
+        )
     columns = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
     scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
-    return Table(tuple(row["prompt"] or "" for row in rows), scores)
+    return Table(tuple(row["prompt"] for row in rows), scores)
 
 
 def _table(found: Comparison) -> str:

@@ -17,7 +17,7 @@ import align
 import rewards
 from align.ahead import ahead, in_threads
 from align.cli import main
-from rewards import Brightness, Framewise, Sharpness, Weighted
+from rewards import Brightness, Framewise, Sharpness, Standardised, Weighted
 from tests.align import pictures
 from tests.align.pictures import Best, Diary, Wordy
 
@@ -265,6 +265,18 @@ def kilter(capsys, *argv):
     code = main([str(a) for a in argv])
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def test_score_gives_a_reward_that_compares_all_samples_of_a_prompt_at_once():
+    """However they lie, and never some of them by themselves."""
+    reward, levels = Standardised(Brightness(), "prompt"), torch.linspace(0.1, 0.9, 6)
+    media = [torch.full((3, 4, 4), float(level)) for level in levels]
+    prompts = ["a", "b"] * 3
+    torch.testing.assert_close(align.score(reward, media, prompts, batch=3).total, reward(torch.stack(media), prompts))
+    with pytest.raises(ValueError, match="compares the 3 samples of a prompt: raise batch, now 2"):
+        align.score(reward, media, prompts, batch=2)
+    with pytest.raises(ValueError, match="different sizes"):
+        align.score(reward, [torch.zeros(3, 4, 5), *media[1:]], prompts)
 
 
 def test_the_command_writes_files_and_says_how_quickly(capsys, tmp_path):
