@@ -75,10 +75,10 @@ class SubjectConsistency(Consistency):
 
     def __init__(self, model: str = "facebook/dino-vitb16", *, dtype: DType = "float32") -> None:
         super().__init__()
-        kind = precision(dtype)
+        run_in = precision(dtype)
         from transformers import ViTModel
 
-        self.network = pretrained(ViTModel, model, add_pooling_layer=False).to(kind)
+        self.network = pretrained(ViTModel, model, add_pooling_layer=False).to(run_in)
         self.freeze()
 
     def features(self, frames: Tensor) -> Tensor:
@@ -109,12 +109,12 @@ class BackgroundConsistency(Consistency):
 
     def __init__(self, model: str = "openai/clip-vit-base-patch32", *, dtype: DType = "float32") -> None:
         super().__init__()
-        kind = precision(dtype)
+        run_in = precision(dtype)
         from transformers import CLIPModel
 
         network = pretrained(CLIPModel, model)
-        self.tower = network.vision_model.to(kind)
-        self.projection = network.visual_projection.to(kind)
+        self.tower = network.vision_model.to(run_in)
+        self.projection = network.visual_projection.to(run_in)
         side = network.config.vision_config.image_size
         self.preprocess = Preprocess(
             size=side, mean=CLIP_MEAN, std=CLIP_STD, antialias=False, clamp=False, offset="round"
@@ -156,7 +156,7 @@ class Action(Reward):
         dtype: DType = "float32",
     ) -> None:
         super().__init__()
-        kind = precision(dtype)
+        run_in = precision(dtype)
         from transformers import VideoMAEForVideoClassification
 
         network = pretrained(VideoMAEForVideoClassification, model)
@@ -169,7 +169,7 @@ class Action(Reward):
         if action is not None and action.lower() not in self.labels:
             near = ", ".join(get_close_matches(action.lower(), self.labels, 3, 0))
             raise ValueError(f"{model!r} knows {len(self.labels)} actions, not {action!r}; nearest: {near}")
-        self.network = network.to(kind)
+        self.network = network.to(run_in)
         self.freeze()
 
     def measure(self, media: Tensor, prompts: list[Prompt]) -> Tensor:

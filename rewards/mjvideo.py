@@ -152,7 +152,7 @@ class MJVideo(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
-        kind = precision(dtype)
+        run_in = precision(dtype)
         if frames < 1 or temperature <= 0:
             raise ValueError(f"frames must be at least 1 and temperature above 0; got {frames} and {temperature}")
         from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -170,7 +170,7 @@ class MJVideo(Reward):
         network = skeleton(config, self.image)
         renamed = native({k.removeprefix("model."): v for k, v in weights.items() if k not in mine}, config)
         fill(network, renamed, checkpoint, ignore=(r"language_model\.output\.weight",))
-        self.network = network.to(kind)
+        self.network = network.to(run_in)
         size = config.get("force_image_size") or config["vision_config"]["image_size"]
         self.preprocess = Preprocess("squash", size, IMAGENET_MEAN, IMAGENET_STD, quantize=quantize)
         self.tokens = int((size // config["vision_config"]["patch_size"]) ** 2 * config["downsample_ratio"] ** 2)

@@ -85,7 +85,7 @@ class VideoReward(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
-        kind = precision(dtype)
+        run_in = precision(dtype)
         self.parts: list[Part] = list(TOKENS) if parts is None else [part for part in TOKENS if part in parts]
         if not self.parts or set(parts or TOKENS) - set(TOKENS):
             raise ValueError(f"parts must be some of {', '.join(TOKENS)}; got {parts}")
@@ -106,7 +106,7 @@ class VideoReward(Reward):
         if head.ndim != 2 or len(head) not in (1, 3):
             raise ValueError(f"{path} needs rm_head.weight with 1 or 3 rows; it has {tuple(head.shape)}")
         fill(self.network, native(weights), str(path), ignore=("lm_head.weight",))
-        self.network.to(kind)
+        self.network.to(run_in)
         self.head = nn.Parameter(head.float())
         question = published("videoalign", "detailed_special")
         last = TOKENS[self.parts[-1]]

@@ -82,7 +82,7 @@ class VideoScore(Reward):
         quantize: Quantize = "none",
     ) -> None:
         super().__init__()
-        kind = precision(dtype)
+        run_in = precision(dtype)
         self.aspects: list[Aspect] = list(ASPECTS) if aspects is None else list(aspects)
         if not self.aspects or set(self.aspects) - set(ASPECTS):
             raise ValueError(f"aspects must be some of {', '.join(ASPECTS)}; got {aspects}")
@@ -103,7 +103,7 @@ class VideoScore(Reward):
             self.reader: Qwen | Idefics = Qwen(model, weights, fps, frames, max_pixels, quantize)
         else:
             self.reader = Idefics(model, weights, frames or FRAMES, quantize)
-        self.network = self.reader.network.to(kind)
+        self.network = self.reader.network.to(run_in)
         self.question = published("videoscore", "regression")
         self.differentiable = quantize != "hard"
         self.freeze()
