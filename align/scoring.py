@@ -223,8 +223,11 @@ def score_rows(
     panel = panel_of([rewards] if isinstance(rewards, Reward) else rewards, None)
     scorer, decoder = Scorer(panel, on_error), Decoder.of(panel.values(), size, frames)
     entries = entries_of(sources, as_prompts(prompts), columns, split, decoder.modality)
-    for _, rows in _scored(_Walk(entries), scorer, PART, batch, threads, decoder, skip=lambda chunk: False):
+    walk = _Walk(entries)
+    for _, rows in _scored(walk, scorer, PART, batch, threads, decoder, skip=lambda chunk: False):
         yield from sorted(rows, key=lambda row: row["row"])
+    if not walk.total:
+        raise ValueError(f"{entries.name} holds no rows")
 
 
 class _Walk:

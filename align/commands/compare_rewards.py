@@ -80,8 +80,6 @@ def _scored(parser: Parser, parsed: Namespace, options: Namespace) -> Table:
     rewards = [reward.to(device) for reward in parser.instantiate(parsed)[parsed.command].rewards]
     prompts = read_prompts(options.prompts) if options.prompts else []
     rows = list(score_rows(rewards, options.sources, prompts=prompts, batch=options.batch, frames=options.frames))
-    if not rows:
-        raise ValueError(f"{', '.join(options.sources)} holds nothing to score")
     if bare := [row["image"] or row["id"] for row in rows if row["prompt"] is None]:
         raise ValueError(
             f"{len(bare)} of {len(rows)} samples have no prompt, such as {bare[0]}, and rewards are compared within prompts: "

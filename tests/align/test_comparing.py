@@ -154,7 +154,7 @@ def test_the_command_compares_tables_and_scores_images(tmp_path, capsys) -> None
     assert "5 of 5 samples have no prompt, such as" in capsys.readouterr().err
     (tmp_path / "empty.jsonl").touch()
     assert main(["compare-rewards", str(tmp_path / "empty.jsonl"), "--rewards", rewards]) == 2
-    assert "empty.jsonl holds nothing to score" in capsys.readouterr().err
+    assert "empty.jsonl holds no rows" in capsys.readouterr().err
     assert main(["compare-rewards", "none.png", "--rewards", rewards, "--out", str(tmp_path / "out")]) == 2
     assert "out is not empty" in capsys.readouterr().err  # before anything is read
     dashed = lines(tmp_path / "named.jsonl", rows(["nano-banana", "B"])[:4])  # one prompt has no interval

@@ -297,6 +297,13 @@ def test_the_command_writes_files_and_says_how_quickly(capsys, tmp_path):
     assert "settings.size: [8, 8] → [4, 4]" in err
 
 
+def test_a_source_without_rows_is_no_success(capsys, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    for out in ([], ["--out", str(tmp_path / "out")]):
+        assert main(["score", str(tmp_path / "empty.jsonl"), "--reward", "Brightness", *out]) == 2
+        assert "empty.jsonl holds no rows" in capsys.readouterr().err
+
+
 def test_the_command_prints_rows_of_any_source(capsys, tmp_path, monkeypatch):
     lines = pictures.lines(tmp_path, 3)
     wordy = ["--reward", "tests.align.pictures.Wordy", "--device", "cpu"]
