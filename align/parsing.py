@@ -42,10 +42,11 @@ class Parser(ArgumentParser):
         unknown = re.findall(
             r"unrecognized arguments: --([\w.-]+)|[Oo]ption '([\w.]+)'|import path string: '?([\w.]+)", message
         )
-        words = [word for groups in unknown for word in groups if word]
-        for word in words:
-            if near := difflib.get_close_matches(word, self._vocabulary() - {word}, 1, 0.6):
-                message += f"\n  Did you mean {near[0]!r} instead of {word!r}?"
+        for *options, name in unknown:
+            word = name or "".join(options)
+            known = {w.lower(): w for w in self._vocabulary() - {word} if w[0].isupper() == bool(name)}  # classes, or options
+            if near := difflib.get_close_matches(word.lower(), known, 1, 0.6 if name else 0.76):
+                message += f"\n  Did you mean {known[near[0]]!r} instead of {word!r}?"
         super().error(message, ex)
 
     def _vocabulary(self) -> set[str]:
