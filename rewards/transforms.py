@@ -263,15 +263,15 @@ class Clipped(Wrapper):
 
 
 def within(values: Tensor, texts: Sequence[str], eps: float) -> Tensor:
-    """(B,) in standard deviations (the population's) from the mean of the same text, both without gradient, NaN left out."""
+    """(B,) in standard deviations (the population's) from the mean of the same text, both without gradient, of those that are finite."""
     numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     index = torch.tensor([numbers[text] for text in texts], device=values.device)
     given = values.detach()
-    judged = (~given.isnan()).to(given)
+    judged = given.isfinite()
 
     def mean(of: Tensor) -> Tensor:
-        sums = (given.new_zeros(len(numbers)).index_add(0, index, v) for v in (of.nan_to_num(0.0), judged))
-        total, count = sums
+        kept = torch.where(judged, of, 0.0), judged.to(of)
+        total, count = (given.new_zeros(len(numbers)).index_add(0, index, v) for v in kept)
         return (total / count)[index]
 
     centre = mean(given)

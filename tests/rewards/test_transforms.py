@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rewards import Brightness, Clipped, Delta, JPEGSize, LogSigmoid, Reward, Sharpness, Standardised, Weighted
+from rewards.transforms import within
 from tests.rewards.tiny import natural
 
 IMAGES = natural(6, 12, 12)
@@ -224,3 +225,10 @@ def test_what_transforms_inherit() -> None:
 def test_wrong_transforms_raise(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_score_without_end_stays_one_and_spoils_no_mean() -> None:
+    values = torch.tensor([1.0, 3.0, -torch.inf, torch.nan, 5.0])
+    scores = within(values, ["a", "a", "a", "a", "b"], 0.0)
+    assert scores[:2].tolist() == [-1.0, 1.0]
+    assert scores[2] == -torch.inf and scores[3].isnan()
