@@ -72,8 +72,8 @@ class Parts:
         columns["parts"] = pyarrow.array(parts, pyarrow.list_(pair))
         columns["error"] = pyarrow.array([r["error"] for r in rows], text)
         failed = Counter(name for r in rows for name, value in r["scores"].items() if value != value)
-        errors = sum(r["error"] is not None for r in rows)
-        fact = {"rows": [rows[0]["row"], rows[-1]["row"] + 1], "errors": errors, "failed": failed}
+        reasons = [r["error"] for r in rows if r["error"] is not None]
+        fact = {"rows": [rows[0]["row"], rows[-1]["row"] + 1], "errors": len(reasons), "failed": failed, "first": reasons[:1]}
         table = pyarrow.table(columns).replace_schema_metadata({KEY: json.dumps(fact).encode()})
         _whole(self._path(chunk), lambda file: parquet.write_table(table, file))
         self.known[chunk] = fact
@@ -90,7 +90,8 @@ class Parts:
                 ranges.append([start, stop])
         failed = sum((Counter(f["failed"]) for f in facts), Counter())
         count = {"rows": sum(b - a for a, b in ranges), "errors": sum(f["errors"] for f in facts)}
-        self.manifest |= {"done": ranges, **count, "failed": dict(failed), **more}
+        first = next((reason for f in facts for reason in f["first"]), None)
+        self.manifest |= {"done": ranges, **count, "first_error": first, "failed": dict(failed), **more}
         _json(self.folder / MANIFEST, self.manifest)
         return self.manifest
 

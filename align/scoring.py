@@ -58,6 +58,7 @@ class ScoredSet:
         rows: how many there are.
         scored: how many of them this run scored, in all processes; the others were done.
         errors: rows without some or all of their scores.
+        first_error: why the first of them has none.
         failed: rows without a score, by reward.
         seconds: from the first row to the last.
     """
@@ -67,6 +68,7 @@ class ScoredSet:
     rows: int
     scored: int
     errors: int
+    first_error: str | None = None
     failed: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -202,7 +204,8 @@ def score_set(
         raise ValueError(
             f"{entries.name} changed while it was scored: {walk.total} rows, {manifest['rows']} in {folder}"
         )
-    return ScoredSet(str(folder), tuple(panel), walk.total, scored, manifest["errors"], manifest["failed"], seconds)
+    found = {name: manifest[name] for name in ("errors", "first_error", "failed")}
+    return ScoredSet(str(folder), tuple(panel), walk.total, scored, seconds=seconds, **found)
 
 
 def score_rows(

@@ -107,7 +107,11 @@ def _scores(rows: list[dict[str, Any]], path: str | Path) -> list[tuple[dict[str
     if not rows:
         raise ValueError(f"{path} holds no rows")
     if not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
-        raise ValueError(f'every row of {path} must be an object with a "prompt"')
+        held = ", ".join(map(str, list(rows[0])[:6])) if isinstance(rows[0], dict) else type(rows[0]).__name__
+        raise ValueError(
+            f'{path} is no table of scores, rows with a "prompt" and a column a reward, as kilter score --out writes; '
+            f"it holds {held}"
+        )
     numeric = [
         name for name in dict.fromkeys(name for row in rows for name in row)
         if name not in OTHERS and any(_is_number(row.get(name)) for row in rows)

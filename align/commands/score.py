@@ -88,7 +88,8 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         print(
             f"scored {scored.scored} of {scored.rows} rows at {scored.rate:.1f} rows/s; {scored.errors} with errors"
-            f"{''.join(f', {n} without {name}' for name, n in scored.failed.items())}; wrote {scored.out}",
+            f"{''.join(f', {n} without {name}' for name, n in scored.failed.items())}; wrote {scored.out}"
+            f"{f'; the first error: {scored.first_error}' if scored.first_error else ''}",
             file=sys.stderr,
         )
         if options.json:

@@ -218,7 +218,7 @@ def test_tables_are_joined_by_the_samples_they_share(tmp_path) -> None:
     [
         ([rows(["A"]), rows(["A"])], [], "A stands in more than one table"),
         ([rows(["A", "B"])], ["C"], "no score 'C' among A, B"),
-        ([[{"image": "x"}]], [], 'must be an object with a "prompt"'),
+        ([[{"image": "x"}]], [], 'is no table of scores, rows with a "prompt"'),
         ([[{"prompt": "x", "seed": 1}]], [], "holds no scores: it has prompt, seed"),
         ([[{"prompt": "x", "A": 1.0}], [{"prompt": "x", "B": 1.0}]], [], "beside"),
         ([rows(["A"]) + rows(["A"]), rows(["B"])], [], "rows with the same image and prompt"),

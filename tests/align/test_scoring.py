@@ -89,6 +89,7 @@ def test_what_cannot_be_read_or_judged_has_no_score_and_a_reason(tmp_path):
     assert rows["0004.png"]["Brightness"] == pytest.approx(4 / 255)
     assert [p["value"] for p in rows["deep/0005.png"]["parts"]] == [len("picture 5")]
     assert (result.rows, result.errors) == (8, 5)
+    assert result.first_error == min((r["row"], r["error"]) for r in rows.values() if r["error"])[1]
     assert result.failed == {"Wordy": 5, "Brightness": 2}
 
 
