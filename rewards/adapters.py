@@ -100,9 +100,12 @@ class FromCallable(Reward):
     def tensor(self, values: Any, media: Tensor) -> Tensor:
         """(B,) scores on the device of the media; a trailing dimension of one is dropped."""
         if not isinstance(values, Tensor):
-            if isinstance(values, (list, tuple)):
-                values = [torch.nan if value is None else float(value) for value in values]
-            values = torch.as_tensor(values, dtype=torch.float32)
+            try:
+                if isinstance(values, (list, tuple)):
+                    values = [torch.nan if value is None else float(value) for value in values]
+                values = torch.as_tensor(values, dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{self.name} must return one number a sample; got {str(values)[:80]}") from None
         values = values.to(media.device)
         return values.squeeze(1) if values.ndim == 2 and values.shape[1] == 1 else values
 

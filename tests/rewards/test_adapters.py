@@ -154,3 +154,9 @@ def test_there_and_back_is_the_same_reward() -> None:
     scores = align.score(reward, list(IMAGES), PROMPTS)
     torch.testing.assert_close(scores.total, 3 * Brightness()(IMAGES), rtol=0, atol=1e-5)
     assert set(scores.parts) == {"bright"}
+
+
+@pytest.mark.parametrize("returned", [None, ["good", "bad", "good"], "fine", [[1.0], [2.0, 3.0], [4.0]]])
+def test_what_is_no_number_is_refused(returned) -> None:
+    with pytest.raises(ValueError, match="must return one number a sample; got"):
+        FromCallable(lambda images: returned)(IMAGES)
