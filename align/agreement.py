@@ -13,7 +13,7 @@ once, and accuracy changes by whole groups of equal |D|. (VideoAlign's code move
 value that no threshold reaches, and never tries to foretell no tie at all.)
 
 A temperature T makes D a log-odds: P(a preferred) = sigmoid(D / T). It minimises the negative log-likelihood, a tie counting half
-for each. The expected calibration error is the mean gap between sigmoid(|D| / T) and accuracy over bins of equally many pairs.
+for each. The expected calibration error is the mean gap between sigmoid(|D| / T) and accuracy over bins of equal weight by |D|.
 """
 
 from __future__ import annotations
@@ -91,32 +91,43 @@ def fit_temperature(difference: Tensor, label: Tensor, weights: Tensor | None = 
     return scale / high
 
 
-def log_loss(difference: Tensor, label: Tensor, temperature: float) -> float:
+def log_loss(difference: Tensor, label: Tensor, temperature: float, weights: Tensor | None = None) -> float:
     """The mean negative log-likelihood in nats: 0.693 by chance."""
     logit = _logit(difference, temperature)
     target = (label.double() + 1) / 2
-    return float(torch.nn.functional.binary_cross_entropy_with_logits(logit, target))
+    terms = torch.nn.functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
+    return float(_mean(terms, _rows(difference, weights)))
 
 
-def reliability(difference: Tensor, label: Tensor, temperature: float, bins: int = 10) -> tuple[Tensor, Tensor, Tensor]:
-    """Of pairs with a preference, in at most `bins` bins of equally many by |D|: mean confidence, accuracy and count."""
-    kept = label != 0
-    difference, label = difference[kept], label[kept]
-    if not len(difference):
-        return difference, difference, torch.zeros(0, dtype=torch.long)
-    logit = _logit(difference.abs(), temperature)
-    right = torch.where(difference == 0, 0.5, (difference.sign() == label).double())
-    parts = logit.argsort(stable=True).tensor_split(min(bins, len(logit)))
-    confidence = torch.stack([torch.sigmoid(logit[p]).mean() for p in parts])
-    return confidence, torch.stack([right[p].mean() for p in parts]), torch.tensor([len(p) for p in parts])
+def reliability(
+    difference: Tensor, label: Tensor, temperature: float, weights: Tensor | None = None, bins: int = 10
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of pairs with a preference, in at most `bins` bins of equal weight by |D|: mean confidence, accuracy and count."""
+    return _binned(difference, label, temperature, weights, bins)[:3]
 
 
-def calibration_error(difference: Tensor, label: Tensor, temperature: float, bins: int = 10) -> float:
+def calibration_error(
+    difference: Tensor, label: Tensor, temperature: float, weights: Tensor | None = None, bins: int = 10
+) -> float:
     """The mean gap of confidence and accuracy over pairs with a preference; NaN where there are none."""
-    if not bool((label != 0).any()):
-        return math.nan
-    confidence, right, count = reliability(difference, label, temperature, bins)
-    return float((count * (confidence - right).abs()).sum() / count.sum())
+    confidence, right, _, weight = _binned(difference, label, temperature, weights, bins)
+    return float((weight * (confidence - right).abs()).sum() / weight.sum())
+
+
+def _binned(
+    difference: Tensor, label: Tensor, temperature: float, weights: Tensor | None, bins: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reliability`, and the weight of each bin. A pair is in the bin that the middle of its weight falls into."""
+    weights = _rows(difference, weights)[0]
+    kept = (label != 0) & (weights > 0)
+    logit, order = _logit(difference[kept].abs(), temperature).sort(stable=True)
+    difference, label, weights = (of[kept][order] for of in (difference, label, weights))
+    right = torch.where(difference == 0, 0.5, (difference.sign() == label).double())
+    middle = (weights.cumsum(0) - weights / 2) / weights.sum()
+    place = (middle * min(bins, len(logit))).long().unique_consecutive(return_inverse=True)[1]
+    weight = place.bincount(weights)
+    confidence, accurate = (place.bincount(weights * of) / weight for of in (torch.sigmoid(logit), right))
+    return confidence, accurate, place.bincount(), weight
 
 
 def _logit(difference: Tensor, temperature: float) -> Tensor:
@@ -125,7 +136,9 @@ def _logit(difference: Tensor, temperature: float) -> Tensor:
 
 
 def _rows(difference: Tensor, weights: Tensor | None) -> Tensor:
-    return torch.ones(1, len(difference), dtype=torch.float64) if weights is None else weights.double()
+    """(W, N)"""
+    weights = torch.ones(len(difference)) if weights is None else weights
+    return weights.double().reshape(-1, len(difference))
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -135,8 +135,8 @@ def eval_reward(
     d, y = differences[judged], labels[judged]
     table = _Table(d, y, kept, threshold)
     values, intervals = table.values(), table.intervals(resamples, seed)
-    temperature, nll, ece = _calibration(d, y, kept)
-    bins = reliability(d, y, temperature)
+    temperature, nll, ece = _calibration(d, y, table.weights[0], kept)
+    bins = reliability(d, y, temperature, table.weights)
     best = float(calibrated(d, y, table.weights)[1])
     return Verdicts(
         reward.name, differences, labels, tuple(p.group for p in given), values, intervals, threshold, best, temperature, nll, ece,
@@ -250,17 +250,16 @@ class _Table:
         return found
 
 
-def _calibration(d: Tensor, y: Tensor, pairs: Sequence[Pair]) -> tuple[float, float, float]:
+def _calibration(d: Tensor, y: Tensor, weights: Tensor, pairs: Sequence[Pair]) -> tuple[float, float, float]:
     """The temperature of all pairs; loss and calibration error where half of the prompts are judged by that of the others."""
     half = torch.tensor([hashlib.sha256(p.a.prompt.text.encode()).digest()[0] % 2 == 0 for p in pairs])
     if not (bool(half.any()) and bool((~half).any())):
-        return fit_temperature(d, y), math.nan, math.nan
-    losses, errors, counts = [], [], []
+        return fit_temperature(d, y, weights), math.nan, math.nan
+    losses, errors, shares = [], [], []
     for test in (half, ~half):
-        temperature = fit_temperature(d[~test], y[~test])
-        losses.append(log_loss(d[test], y[test], temperature))
-        errors.append(calibration_error(d[test], y[test], temperature))
-        counts.append(int(test.sum()))
-    shares = [count / len(d) for count in counts]
+        temperature = fit_temperature(d[~test], y[~test], weights[~test])
+        losses.append(log_loss(d[test], y[test], temperature, weights[test]))
+        errors.append(calibration_error(d[test], y[test], temperature, weights[test]))
+        shares.append(float(weights[test].sum() / weights.sum()))
     nll, ece = (sum(s * v for s, v in zip(shares, values, strict=True)) for values in (losses, errors))
-    return fit_temperature(d, y), nll, ece
+    return fit_temperature(d, y, weights), nll, ece

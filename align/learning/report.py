@@ -39,11 +39,11 @@ def curve(proxy: Tensor, gold: Tensor, prompt: Tensor) -> dict[str, list[float]]
 
 def temperature_of(scores: Tensor, data: Comparisons) -> float:
     """The temperature at which scores (R,) explain comparisons best."""
-    return fit_temperature(scores[data.first] - scores[data.second], (~data.tied).double())
+    return fit_temperature(scores[data.first] - scores[data.second], (~data.tied).double(), data.weight[data.pair])
 
 
 def judged(scores: Tensor, raw: Tensor, data: Comparisons, brightness: Tensor, temperature: float) -> dict[str, Any]:
-    """Everything that comparisons say about scores.
+    """Everything that comparisons, by the weights of their records, say about scores.
 
     Args:
         scores: (R,) calibrated, of the rows, for whoever judged them.
@@ -52,19 +52,19 @@ def judged(scores: Tensor, raw: Tensor, data: Comparisons, brightness: Tensor, t
         temperature: of the scores, from other comparisons where there are any.
     """
     lead, raw_lead = (s[data.first] - s[data.second] for s in (scores, raw))
-    label = (~data.tied).double()
-    sure, right, count = reliability(lead, label, temperature)
+    label, weights = (~data.tied).double(), data.weight[data.pair].double()
+    sure, right, count = reliability(lead, label, temperature, weights)
     words = torch.tensor([len(data.samples[i].prompt.text.split()) for i in data.rows.tolist()])
-    out = float(accuracy(lead, label))
+    out, sided = float(accuracy(lead, label, weights)), float((weights * label).sum() / weights.sum())
     return {
         "pairs": len(lead),
         "ties": int(data.tied.sum()),
         "accuracy": out,
-        "accuracy_ties_half": (out * float(label.sum()) + float(data.tied.sum()) / 2) / len(label),
-        "nll": log_loss(raw_lead, label, 1.0),
-        "nll_calibrated": log_loss(lead, label, temperature),
-        "ece": calibration_error(raw_lead, label, 1.0),
-        "ece_calibrated": calibration_error(lead, label, temperature),
+        "accuracy_ties_half": out * sided + (1 - sided) / 2,
+        "nll": log_loss(raw_lead, label, 1.0, weights),
+        "nll_calibrated": log_loss(lead, label, temperature, weights),
+        "ece": calibration_error(raw_lead, label, 1.0, weights),
+        "ece_calibrated": calibration_error(lead, label, temperature, weights),
         "temperature": temperature,
         "reliability": list(zip(sure.tolist(), right.tolist(), count.tolist(), strict=True)),
         "slopes": {

@@ -53,6 +53,28 @@ def test_weights_are_repetitions() -> None:
             assert float(value) == pytest.approx(float(repeated[0]))
 
 
+def test_weights_are_repetitions_in_calibration() -> None:
+    d, y = random(300, 0.7, 0.3)
+    counts = torch.randint(0, 4, (300,), generator=torch.Generator().manual_seed(1))
+    more_d, more_y = (of.repeat_interleave(counts) for of in (d, y))
+    assert fit_temperature(d, y, counts) == pytest.approx(fit_temperature(more_d, more_y))
+    assert log_loss(d, y, 0.7, counts) == pytest.approx(log_loss(more_d, more_y, 0.7))
+    for bins in (1, 10):  # a pair stays in one bin, its repetitions need not
+        error = calibration_error(d, y, 0.7, counts, bins)
+        assert error == pytest.approx(
+            calibration_error(more_d, more_y, 0.7, bins=bins), abs=1e-9 if bins == 1 else 0.02
+        )
+
+
+def test_a_heavy_pair_has_a_bin_to_itself() -> None:
+    d, y = torch.arange(1.0, 10.0, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
+    weights = torch.tensor([1.0, 1, 1, 1, 8, 1, 1, 1, 1], dtype=torch.float64)
+    confidence, right, count = reliability(d, -y, 2.0, weights, bins=2)
+    assert count.tolist() == [4, 5] and right.tolist() == [0, 0]
+    assert float(confidence[1]) == pytest.approx(float((weights * torch.sigmoid(d / 2))[4:].sum()) / 12)
+    assert reliability(d, y, 2.0, weights, bins=4)[2].tolist() == [4, 1, 4]
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 20.0])
 def test_the_temperature_that_made_the_labels_is_found(temperature: float) -> None:
     d, y = random(40000, 1.0)

@@ -235,6 +235,17 @@ def test_weights_count() -> None:
     assert eval_reward(Level(), pairs, resamples=2).values["micro"]["accuracy"] == pytest.approx(0.75)
 
 
+def test_calibration_counts_weights() -> None:
+    """A pair of weight 3 is three pairs of weight 1."""
+    sides = [(0.1, 0.9, "b"), (0.1, 0.2, "a"), (0.3, 0.9, "b"), (0.5, 0.9, "a")] * 8
+    heavy = [pair(*side, str(i), weight=1.0 + 2 * (i % 3 == 0)) for i, side in enumerate(sides)]
+    repeated = [pair(*side, str(i)) for i, side in enumerate(sides) for _ in range(3 if i % 3 == 0 else 1)]
+    one, other = (eval_reward(Level(), pairs, resamples=2) for pairs in (heavy, repeated))
+    assert one.temperature == pytest.approx(other.temperature)
+    assert one.nll == pytest.approx(other.nll)
+    assert one.ece == pytest.approx(other.ece, abs=0.05)  # but for pairs on the edge of a bin
+
+
 class First(Level):
     """Compares the two samples of a prompt, with a liking for the first by `bias`."""
 

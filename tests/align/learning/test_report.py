@@ -40,6 +40,23 @@ def test_ties_count_half_or_not_at_all_and_the_scale_is_calibrated_away():
     assert math.isnan(found["slopes"]["prompt_word"])
 
 
+def test_a_record_of_weight_three_is_three_records():
+    places, scores, pale = [[0, 1], [1, 0], [0, 0], [0, 1]], [3.0, 0.0, 2.0, 0.0, 5.0, 1.0, 1.0, 0.5], [0.1] * 8
+    told = []
+    for times, weight in ((1, 3.0), (3, 1.0)):
+        data = ranked(*places[:1] * times, *places[1:])
+        weights = torch.tensor([weight] * times + [1.0] * 3)
+        samples = [Sample(Media(str(i)), Prompt("a star")) for i in range(len(data.rows))]
+        data = replace(data, samples=samples, weight=weights)
+        raw = torch.tensor(scores[:2] * times + scores[2:])
+        grey = torch.tensor(pale[:2] * times + pale[2:])
+        told.append(report.judged(raw, raw, data, grey, report.temperature_of(raw, data)))
+    for name in ("accuracy", "accuracy_ties_half", "nll", "nll_calibrated", "temperature"):
+        assert told[0][name] == pytest.approx(told[1][name]), name
+    low, mid, high = torch.tensor([0.5, 2.0, 3.0]).sigmoid().tolist()  # wrong in the middle; the lower two share a bin
+    assert told[0]["ece"] == pytest.approx((abs(low + mid - 1) + 3 * (1 - high)) / 5)
+
+
 def test_curves_that_coincide_are_both_seen_and_n_is_whole(tmp_path, monkeypatch):
     """Of two samples a prompt, both curves are straight lines from corner to corner of their own scales."""
     drawn: list[Figure] = []
