@@ -12,8 +12,11 @@ Tie calibration: Deutsch et al., "Ties Matter", 2023, arXiv 2305.14324, over all
 once, and accuracy changes by whole groups of equal |D|. (VideoAlign's code moves pairs of equal |D| one by one, which can report a
 value that no threshold reaches, and never tries to foretell no tie at all.)
 
-A temperature T makes D a log-odds: P(a preferred) = sigmoid(D / T). It minimises the negative log-likelihood, a tie counting half
-for each. The expected calibration error is the mean gap between sigmoid(|D| / T) and accuracy over bins of equal weight by |D|.
+A temperature T makes D a log-odds: P(a preferred) = sigmoid(D / T). It is fitted by cross-entropy, in which a tie counts half for
+each and a preference (n + 1) / (n + 2) for its side, n the weight of all preferences: the targets of Platt, "Probabilistic Outputs
+for Support Vector Machines", 1999, where each pair stands in both orders. With targets of 1 the best T of pairs that are all right
+would be 0, at which a wrong pair elsewhere costs infinitely much. The log-likelihood that is reported has no such targets. The
+expected calibration error is the mean gap between sigmoid(|D| / T) and accuracy over bins of equal weight by |D|.
 """
 
 from __future__ import annotations
@@ -65,23 +68,22 @@ def calibrated(difference: Tensor, label: Tensor, weights: Tensor | None = None)
 
 
 def fit_temperature(difference: Tensor, label: Tensor, weights: Tensor | None = None) -> float:
-    """The temperature of the highest likelihood; 0 if every preference is agreed with, infinite if chance does no worse.
+    """The temperature, above 0, that minimises the loss against Platt's targets; infinite if chance does no worse.
 
     The loss is convex in 1 / T, whose slope is followed to 0 by bisection.
     """
-    mine = weights if weights is not None else torch.ones_like(difference, dtype=torch.float64)
+    mine = _rows(difference, weights)[0]
     scale = float(difference.abs().max()) if len(difference) else 0.0
     if scale == 0:
         return math.inf
-    d, target = difference.double() / scale, (label.double() + 1) / 2
+    n = (mine * (label != 0)).sum()
+    d, target = difference.double() / scale, (label.double() * n / (n + 2) + 1) / 2
 
     def slope(k: float) -> float:
         return float((mine * d * (torch.sigmoid(k * d) - target)).sum())
 
     if slope(0.0) >= 0:
         return math.inf
-    if bool(((difference == 0) | (difference.sign() == label)).all()):
-        return 0.0
     low, high = 0.0, 1.0
     while slope(high) < 0:
         low, high = high, 2 * high
@@ -93,7 +95,7 @@ def fit_temperature(difference: Tensor, label: Tensor, weights: Tensor | None = 
 
 def log_loss(difference: Tensor, label: Tensor, temperature: float, weights: Tensor | None = None) -> float:
     """The mean negative log-likelihood in nats: 0.693 by chance."""
-    logit = _logit(difference, temperature)
+    logit = difference.double() / temperature
     target = (label.double() + 1) / 2
     terms = torch.nn.functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
     return float(_mean(terms, _rows(difference, weights)))
@@ -120,7 +122,7 @@ def _binned(
     """`reliability`, and the weight of each bin. A pair is in the bin that the middle of its weight falls into."""
     weights = _rows(difference, weights)[0]
     kept = (label != 0) & (weights > 0)
-    logit, order = _logit(difference[kept].abs(), temperature).sort(stable=True)
+    logit, order = (difference[kept].double().abs() / temperature).sort(stable=True)
     difference, label, weights = (of[kept][order] for of in (difference, label, weights))
     right = torch.where(difference == 0, 0.5, (difference.sign() == label).double())
     middle = (weights.cumsum(0) - weights / 2) / weights.sum()
@@ -128,11 +130,6 @@ def _binned(
     weight = place.bincount(weights)
     confidence, accurate = (place.bincount(weights * of) / weight for of in (torch.sigmoid(logit), right))
     return confidence, accurate, place.bincount(), weight
-
-
-def _logit(difference: Tensor, temperature: float) -> Tensor:
-    d = difference.double()
-    return d * 0 if math.isinf(temperature) else d / max(temperature, 1e-30)
 
 
 def _rows(difference: Tensor, weights: Tensor | None) -> Tensor:

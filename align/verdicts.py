@@ -53,7 +53,7 @@ class Verdicts:
         intervals: the same for `MEASURES`: the ends of 95% intervals.
         threshold: of `with_ties`.
         best_threshold: of `calibrated`, over all pairs.
-        temperature: of the highest likelihood, fitted to all pairs.
+        temperature: fitted to all pairs; infinite if chance does no worse.
         nll, ece: in nats and as a share, on prompts the temperature was not fitted to.
         reliability: confidence, accuracy and count, at `temperature`.
         swap: the share of pairs of which both orders name the same side; None for a reward that scores sides by themselves.
@@ -78,7 +78,7 @@ class Verdicts:
     scored: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, without the pairs."""
+        """For JSON, without the pairs; null where a number is not defined or infinite."""
         table = {
             name: {**row, "intervals": {m: list(ends) for m, ends in self.intervals.get(name, {}).items()}}
             for name, row in self.values.items()

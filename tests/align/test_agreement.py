@@ -81,19 +81,35 @@ def test_the_temperature_that_made_the_labels_is_found(temperature: float) -> No
     assert fit_temperature(temperature * d, y) == pytest.approx(temperature, rel=0.04)
 
 
-def test_the_temperature_is_where_the_loss_is_least() -> None:
+def test_the_temperature_of_many_pairs_is_where_the_loss_is_least() -> None:
     d, y = random(300, 0.7, 0.2)
-    best = fit_temperature(d, y)
+    best = fit_temperature(d, y, torch.full((300,), 1e6))
     least = log_loss(d, y, best)
     assert all(log_loss(d, y, best * f) > least for f in (0.5, 0.98, 1.02, 2.0))
     assert least < math.log(2) == pytest.approx(log_loss(d, y, math.inf))
+    assert fit_temperature(d, y) == pytest.approx(best, rel=0.05)
 
 
 def test_ends_of_the_temperature() -> None:
     d, _ = random(50)
-    assert fit_temperature(d, d.sign()) == 0.0
     assert fit_temperature(d, -d.sign()) == math.inf
     assert fit_temperature(0 * d, d.sign()) == math.inf
+    assert fit_temperature(d, 0 * d) == math.inf
+
+
+@pytest.mark.parametrize("count", [1, 10, 1000])
+def test_pairs_that_are_all_right_are_as_sure_as_their_number_allows(count: int) -> None:
+    """Platt's target of n pairs is (n + 1) / (n + 2), and so is the confidence where all differences are equal."""
+    d = torch.full((count,), 3.0, dtype=torch.float64)
+    best = fit_temperature(d, d.sign())
+    assert torch.sigmoid(d[0] / best) == pytest.approx((count + 1) / (count + 2))
+    assert log_loss(-d, d.sign(), best) == pytest.approx(math.log(count + 2))  # a wrong pair, with any scale
+    assert fit_temperature(1e-12 * d, d.sign()) == pytest.approx(1e-12 * best)
+
+
+def test_a_pair_that_is_all_but_even_does_not_drive_the_temperature_to_nothing() -> None:
+    d = torch.tensor([1.0] * 20 + [-1e-9], dtype=torch.float64)
+    assert fit_temperature(d, torch.ones(21, dtype=torch.float64)) == pytest.approx(1 / math.log(22), rel=1e-6)
 
 
 def test_a_calibrated_reward_has_no_calibration_error_and_a_sure_one_has() -> None:

@@ -14,7 +14,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from align import eval_reward
+from align.charts import draw_verdicts
 from align.cli import main
+from align.commands.eval_reward import _table
 from align.decoding import Decoder, as_float
 from align.media import Media
 from align.pairs import Pair, Side, read_pairs
@@ -204,7 +206,7 @@ def test_each_picture_is_scored_once_for_each_of_its_prompts() -> None:
     found = eval_reward(reward, pairs, batch=1, resamples=2)
     assert sorted(reward.seen) == [("p", 0.1), ("p", 0.5), ("p", 0.9), ("q", 0.1), ("q", 0.5)]
     assert found.scored == 5
-    assert found.values["micro"]["accuracy"] == 1 and found.temperature == 0
+    assert found.values["micro"]["accuracy"] == 1 and 0 < found.temperature < 1
 
 
 def test_micro_macro_ties_and_what_could_not_be_judged() -> None:
@@ -244,6 +246,16 @@ def test_calibration_counts_weights() -> None:
     assert one.temperature == pytest.approx(other.temperature)
     assert one.nll == pytest.approx(other.nll)
     assert one.ece == pytest.approx(other.ece, abs=0.05)  # but for pairs on the edge of a bin
+
+
+def test_a_wrong_pair_costs_little_more_than_the_right_ones_of_other_prompts_warrant(tmp_path: Path) -> None:
+    """Nothing is wrong in one half, so that its highest likelihood is at temperature 0, which allows no error in the other."""
+    pairs = [pair(0.1, 0.9, "a" if i == 0 else "b", str(i)) for i in range(40)]
+    found = eval_reward(Level(), pairs, resamples=2)
+    assert 0.1 < found.nll < 0.3 and found.temperature > 0.1
+    assert found.as_dict()["nll"] == found.nll
+    draw_verdicts(tmp_path / "verdicts.png", found)
+    assert found.nll == pytest.approx(float(_table(found).split(" nats a pair")[0].split()[-1]), abs=1e-4)
 
 
 class First(Level):
