@@ -38,6 +38,7 @@ __all__ = ["MEASURES", "Comparison", "compare_rewards", "compare_scores"]
 
 MEASURES = ("distance", "epic", "spearman", "kendall", "top1")
 TAILS = (0.025, 0.975)
+MOST = 1_000_000  # numbers in memory, of pairs of samples or of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,10 @@ def compare_scores(
     if not parts:
         raise ValueError("no prompt has two samples that every reward could judge: rewards are compared within prompts")
     sums = _Sums.of(parts)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(parts), (resamples, len(parts)), generator=generator)
-    counts = torch.zeros(resamples, len(parts), dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones(1, 1, dtype=torch.float64).expand_as(drawn))
     values = {name: v[0] for name, v in sums.measures(torch.ones(1, len(parts), dtype=torch.float64)).items()}
     tails = torch.tensor(TAILS, dtype=torch.float64)
     alone = math.nan if len(parts) == 1 else 1.0  # one prompt says nothing about others
-    intervals = {name: v.nanquantile(tails, dim=0) * alone for name, v in sums.measures(counts).items()}
+    intervals = {name: v.nanquantile(tails, dim=0) * alone for name, v in sums.resampled(resamples, seed).items()}
     centred = torch.cat([_centred(part) for part in parts], dim=1)
     length = centred.norm(dim=1, keepdim=True)
     canonical = torch.where(length > 0, centred / length, 0.0)
@@ -197,6 +194,16 @@ class _Sums:
             found[name] = total / torch.einsum("wp,prs->wrs", counts, known.double())
         return found
 
+    def resampled(self, resamples: int, seed: int) -> dict[str, Tensor]:
+        """(W, R, R) of each measure over bootstrap samples of the prompts."""
+        prompts, generator = len(self.top), torch.Generator().manual_seed(seed)
+        size, found = max(1, MOST // prompts), []
+        for first in range(0, resamples, size):
+            drawn = torch.randint(prompts, (min(size, resamples - first), prompts), generator=generator)
+            counts = torch.zeros(drawn.shape, dtype=torch.float64)
+            found.append(self.measures(counts.scatter_add_(1, drawn, torch.ones_like(counts))))
+        return {name: torch.cat([part[name] for part in found]) for name in MEASURES}
+
 
 def _centred(part: Tensor) -> Tensor:
     """(R, K) minus the mean over the samples; exactly 0 for a reward that is constant."""
@@ -208,21 +215,25 @@ def _products(part: Tensor) -> Tensor:
     return centred @ centred.T
 
 
-def _correlation(rows: Tensor) -> Tensor:
-    """(R, D) -> (R, R) cosines, NaN for a row of zeros."""
-    products = rows @ rows.T
+def _correlation(products: Tensor) -> Tensor:
+    """(R, R) cosines, NaN for a row of zeros."""
     length = products.diagonal().sqrt()
     return products / (length[:, None] * length[None])
 
 
 def _spearman(part: Tensor) -> Tensor:
-    below = (part[:, :, None] > part[:, None, :]).double().sum(2)
-    above = (part[:, :, None] < part[:, None, :]).double().sum(2)
-    return _correlation(below - above)  # twice the rank with ties shared, centred
+    size = part.sort(1).values
+    below, to = (torch.searchsorted(size, part, right=right) for right in (False, True))
+    ranks = (below + to - part.shape[1]).double()  # twice the rank with ties shared, centred
+    return _correlation(ranks @ ranks.T)
 
 
 def _kendall(part: Tensor) -> Tensor:
-    return _correlation((part[:, :, None] - part[:, None, :]).sign().flatten(1))
+    products = part.new_zeros(len(part), len(part))
+    for some in part.split(max(1, MOST // part.numel()), dim=1):
+        order = (some[:, :, None] - part[:, None, :]).sign_().flatten(1)
+        products += order @ order.T
+    return _correlation(products)
 
 
 def _top(part: Tensor) -> Tensor:
