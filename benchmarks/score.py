@@ -48,10 +48,10 @@ class Case:
 CASES = [
     Case("tiny CLIP", 64, "png", 2048, 32, 1),
     Case("tiny CLIP", 256, "jpg", 512, 32, 1),
-    Case("CLIP ViT-S/32", 512, "jpg", 64, 1, 1),
-    Case("CLIP ViT-S/32", 512, "jpg", 64, 8, 1),
-    Case("CLIP ViT-S/32", 512, "jpg", 64, 32, 1),
-    Case("CLIP ViT-S/32", 512, "png", 64, 32, 1),
+    Case("CLIP ViT-S/32", 512, "jpg", 320, 1, 1),
+    Case("CLIP ViT-S/32", 512, "jpg", 320, 8, 1),
+    Case("CLIP ViT-S/32", 512, "jpg", 320, 32, 1),
+    Case("CLIP ViT-S/32", 512, "png", 320, 32, 1),
 ]
 
 
