@@ -263,7 +263,7 @@ class Clipped(Wrapper):
 
 
 def within(values: Tensor, texts: Sequence[str], eps: float) -> Tensor:
-    """(B,) in standard deviations (the population's) from the mean of the same text, both without gradient, of those that are finite."""
+    """(B,) in standard deviations (the population's) from the mean of the same text: those of finite values, without gradient."""
     numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     index = torch.tensor([numbers[text] for text in texts], device=values.device)
     given = values.detach()
