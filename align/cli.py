@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,17 +22,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     argv = _config_first(_named(sys.argv[1:] if argv is None else argv))
     try:
-        if argv[:1] == ["train"] and not {"-h", "--help", "--print_config"} & set(argv):
-            return train.run(argv[1:])  # what a resumed run is told depends on its folder
-        parser = build_parser()
-        parsed = parser.parse_args(argv)
-        return COMMANDS[parsed.command].run(parser, parsed, parsed[parsed.command])
+        return _run(argv)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"kilter: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("kilter: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["train"] and not {"-h", "--help", "--print_config"} & set(argv):
+        return train.run(argv[1:])  # what a resumed run is told depends on its folder
+    parser = build_parser()
+    parsed = parser.parse_args(argv)
+    code = COMMANDS[parsed.command].run(parser, parsed, parsed[parsed.command])
+    sys.stdout.flush()
+    return code
 
 
 def _named(argv: Sequence[str]) -> list[str]:

@@ -34,7 +34,7 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
         if options.kind in (None, kind):
             print(f"{kind}:")
             for cls in concrete(base):
-                print(f"  {cls.__name__:<16} {(inspect.getdoc(cls) or '').splitlines()[0]}")
+                print(f"  {cls.__name__:<24} {(inspect.getdoc(cls) or '').splitlines()[0]}")
     if options.kind in (None, "families"):
         print("families:")
         for pipeline, adapter in FAMILIES.items():

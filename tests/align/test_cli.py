@@ -230,3 +230,9 @@ def test_a_stranger_named_rewards_is_reported(tmp_path):
     assert done.returncode != 0
     assert "ImportError: kilter needs its own package 'rewards'" in done.stderr
     assert str(tmp_path / "rewards.py") in done.stderr
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m align.cli list rewards --json | head -c 10"
+    shell = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert shell.stdout == '{"name": "' and shell.stderr == ""
