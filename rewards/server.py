@@ -66,8 +66,8 @@ class ServedJudge(Judge):
         pause: seconds before the second try, doubled each time up to 10, less a random part of up to half.
         video: "frames" sends the frames of a video as images, "mp4" one H.264 file (`pip install 'kilter[video]'`).
         fps: frames a second of that file.
-        cache: file in which answers are kept from one run to the next; None keeps none. Answers drawn at a temperature are kept by
-            their seed.
+        cache: file in which the answers of a `url` are kept from one run to the next; None keeps none. Answers drawn at a
+            temperature are kept by their seed.
         extra: more fields of every chat request, such as {"chat_template_kwargs": {"enable_thinking": false}}.
 
     Raises:
@@ -227,7 +227,7 @@ class ServedJudge(Judge):
         self, path: str, bodies: list[dict[str, Any]], read: Any, choices: Sequence[Sequence[str]] = ()
     ) -> list[Any]:
         """What `read` finds in the reply to each body, None where that failed; `choices` tell it what to look for."""
-        told = [json.dumps([path, choices, body], sort_keys=True) for body in bodies]
+        told = [json.dumps([self.url, path, choices, body], sort_keys=True) for body in bodies]
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in told]
         found = self.recall(keys)
         news = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}

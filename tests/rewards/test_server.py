@@ -284,6 +284,8 @@ class TestCache:
             ):
                 assert served.write([ask], **options) == [f"{n}"]
             assert judge(server, cache=file, model="else").write([Ask("a", (image,))]) == ["9"]
+        with Faulty(lambda *_: said("another server")) as server:  # that may serve another model by the same name
+            assert judge(server, cache=file).write([Ask("a", (image,))]) == ["another server"]
 
     def test_odds_are_kept(self, tmp_path):
         with Faulty(lambda *_: listing({"Yes": 0.6, "No": 0.3})) as server:
