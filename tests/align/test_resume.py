@@ -325,5 +325,5 @@ def test_kill_9_at_any_moment(data, tmp_path, name):
         assert finish(out) == digest
         assert not list(out.rglob(f"{checkpoints.PARTIAL}*"))
         reached.append(saved if whole else -1)
-    assert len(set(reached)) > 5, f"the kills should meet runs at many stages; they met {sorted(reached)}"
+    assert len(set(reached)) > 3, f"the kills should meet runs at many stages; they met {sorted(reached)}"
     assert isinstance(Trainer.resume(tmp_path / "whole").config, TrainConfig)
