@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rewards.files import whole
+
 from .comparing import Comparison
 from .curves import STYLE
 from .pictures import INK, INKS, LINE, SOFT, clipped, font
@@ -32,9 +34,7 @@ def page(path: Path, title: str, below: str, size: tuple[float, float], panels: 
         figure.suptitle(clipped(title, font(15, True), 90 * size[0]), x=0.02, ha="left", fontsize=14, fontweight="bold")
         figure.supxlabel(below, x=0.02, ha="left", fontsize=8.5, color=SOFT)
         yield figure.subplots(1, panels, squeeze=False)[0]
-        partial = path.with_name(f"{path.name}.partial")
-        figure.savefig(partial, format="png", facecolor="white")
-    partial.replace(path)
+        whole(path, lambda file: figure.savefig(file, format="png", facecolor="white"), durable=False)
 
 
 def draw_comparison(path: Path, found: Comparison) -> None:

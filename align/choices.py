@@ -9,8 +9,8 @@ Every row records how it was sampled in "settings", against which a run checks t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rewards import Prompt, as_prompts
+from rewards.files import whole
 from samplers import Kernel, Policy, Size, Trajectory
 
 from .data import append_feedback
@@ -126,15 +127,13 @@ def _save(
         if pictures:
             name = f"images/{number:05d}-{k}.png"
             (folder / "images").mkdir(exist_ok=True)
-            to_pil(media[i]).save(folder / f"{name}.partial", "png")
-            os.replace(folder / f"{name}.partial", folder / name)
+            whole(folder / name, partial(to_pil(media[i]).save, format="png"), durable=False)
             files.setdefault("images", []).append(name)
         if trajectories or not pictures:
             name = f"trajectories/{number:05d}-{k}.safetensors"
             (folder / "trajectories").mkdir(exist_ok=True)
             states = {"latents": path.latents[i]} if trajectories and path.latents is not None else {"x0": path.x0[i]}
             plain = {key: value.detach().cpu().clone() for key, value in states.items()}
-            save_file(plain, folder / f"{name}.partial")
-            os.replace(folder / f"{name}.partial", folder / name)
+            whole(folder / name, partial(save_file, plain), durable=False)
             files.setdefault("latents", []).append(name)
     return files

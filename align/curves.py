@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.files import whole
+
 from .evaluation import Evaluation, paired_gain
 from .pictures import INK, INKS, LINE, SOFT, clipped, font, shown
 
@@ -91,9 +93,7 @@ def draw_curves(
             figure.text(
                 0.985, 0.985, f"dotted: update {best}, whose weights are kept", ha="right", va="top", color=SOFT
             )
-        partial = path.with_name(f"{path.name}.partial")
-        figure.savefig(partial, format="png", facecolor="white")
-    partial.replace(path)
+        whole(path, lambda file: figure.savefig(file, format="png", facecolor="white"), durable=False)
 
 
 def _rewards(

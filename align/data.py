@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from rewards.files import whole
+
 from .media import Media, image_size, latent_shapes
 from .rows import ANSWERS, Kind, Record, Unlabelled, parse
 
@@ -156,12 +158,7 @@ def write_feedback(path: str | Path, rows: Sequence[Mapping[str, Any] | Record])
     path = Path(path)
     lines = [_line(row, path, number) for number, row in enumerate(rows, 1)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(b"".join(lines))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    whole(path, lambda file: file.write_bytes(b"".join(lines)))
     return path
 
 

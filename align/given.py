@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rewards import Prompt
+from rewards.files import whole
 from samplers import Policy, Size
 from samplers.noise import mix
 
@@ -82,9 +82,8 @@ class Encoded:
     def _keep(self, key: str, latent: Tensor) -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f"{key}.{os.getpid()}.partial"
-            save_file({"x0": latent.contiguous()}, partial)
-            partial.replace(self.folder / f"{key}.safetensors")
+            kept = {"x0": latent.contiguous()}
+            whole(self.folder / f"{key}.safetensors", lambda file: save_file(kept, file), durable=False)
             return
         self.latents[key] = latent
         self.bytes += latent.nbytes

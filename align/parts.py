@@ -9,19 +9,17 @@ done: a run that was killed goes on from its parts alone. The manifest repeats w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rewards import Modality
+from rewards.files import whole
 
-from .checkpoints import flush
 from .description import differences
 from .results import finite, prepare_folder, versions
 from .world import World
@@ -75,7 +73,7 @@ class Parts:
         reasons = [r["error"] for r in rows if r["error"] is not None]
         fact = {"rows": [rows[0]["row"], rows[-1]["row"] + 1], "errors": len(reasons), "failed": failed, "first": reasons[:1]}
         table = pyarrow.table(columns).replace_schema_metadata({KEY: json.dumps(fact).encode()})
-        _whole(self._path(chunk), lambda file: parquet.write_table(table, file))
+        whole(self._path(chunk), lambda file: parquet.write_table(table, file))
         self.known[chunk] = fact
 
     def record(self, **more: Any) -> dict[str, Any]:
@@ -170,20 +168,4 @@ def _claimed(out: Path, identity: dict[str, Any], rows: int) -> tuple[Path, dict
 
 
 def _json(path: Path, value: Any) -> None:
-    _whole(path, lambda file: file.write(json.dumps(finite(value), indent=1).encode()))
-
-
-def _whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file that is whole or not there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    flush(path.parent)
+    whole(path, lambda file: file.write_text(json.dumps(finite(value), indent=1)))

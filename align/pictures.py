@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from rewards.files import whole
+
 __all__ = [
     "INKS",
     "Block",
@@ -205,9 +207,7 @@ def write_sheet(picture: Image.Image, boxes: Sequence[Sequence[Sequence[int]]], 
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     info.add_text(TILES, json.dumps(boxes))
-    partial = path.with_name(f"{path.name}.partial")
-    picture.save(partial, "png", pnginfo=info)
-    partial.replace(path)
+    whole(path, lambda file: picture.save(file, "png", pnginfo=info), durable=False)
 
 
 def read_tiles(path: Path) -> list[list[Image.Image]]:

@@ -18,13 +18,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewards.files import whole
 from samplers import Ledger
 
 from .card import class_name, write_card
@@ -270,7 +270,8 @@ class Report:
         )
         for name in sorted(self._behind):
             self._rewrite(name)
-        _replace(self.out / RESULT, [json.dumps(result, indent=1, allow_nan=False, default=str)])
+        told = json.dumps(result, indent=1, allow_nan=False, default=str)
+        whole(self.out / RESULT, lambda file: file.write_text(told, encoding="utf-8"))
         title = _method(self.description)
         self._guarded(
             "the curves",
@@ -328,7 +329,7 @@ class Report:
             self._behind.add(name)
 
     def _rewrite(self, name: str) -> None:
-        _replace(self.out / name, self._lines[name])
+        whole(self.out / name, lambda file: file.write_text("".join(self._lines[name]), encoding="utf-8"))
         self._behind.discard(name)
 
 
@@ -357,16 +358,6 @@ def _summary(update: int, evaluation: Evaluation, first: Evaluation, samples: in
 
 def _json(row: Mapping[str, Any]) -> str:
     return json.dumps(finite(dict(row)), allow_nan=False) + "\n"
-
-
-def _replace(path: Path, parts: Iterable[str]) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _ordered(names: Iterable[str], judge: str, optimised: str | None) -> list[str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from . import heads
 from .base import Features, Prompt, Reward, Scores
+from .files import whole
 from .heads import Head
 from .loading import expand, fill, imported, loading, read_weights
 from .specimens import example
@@ -215,12 +215,7 @@ def write_learned(
         (WEIGHTS, save(tensors)),
         (CONFIG, (json.dumps({"format": FORMAT, **config}, indent=1) + "\n").encode()),
     ):
-        partial = folder / f"{name}.partial"
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / name)
+        whole(folder / name, lambda file, data=data: file.write_bytes(data))
 
 
 def _folder(model: str) -> Path:

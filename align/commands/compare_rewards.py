@@ -12,6 +12,7 @@ import torch
 from jsonargparse import ActionConfigFile, Namespace
 
 from rewards import Reward
+from rewards.files import whole
 
 from ..comparing import Comparison, compare_scores
 from ..decoding import FRAMES
@@ -65,7 +66,7 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     if out is not None:
         from ..charts import draw_comparison
 
-        (out / "comparison.json").write_text(json.dumps(found.as_dict(), indent=1))
+        whole(out / "comparison.json", lambda file: file.write_text(json.dumps(found.as_dict(), indent=1)))
         draw_comparison(Path(out) / "comparison.png", found)
         print(f"wrote {out}/comparison.json, {out}/comparison.png", file=sys.stderr)
     print(json.dumps(found.as_dict()) if options.json else _table(found))

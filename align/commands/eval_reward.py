@@ -10,6 +10,7 @@ from typing import Optional
 from jsonargparse import ActionConfigFile, Namespace
 
 from rewards import Reward
+from rewards.files import whole
 
 from ..loading import best_device, usable
 from ..pairs import read_pairs
@@ -53,9 +54,9 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     if out is not None:
         from ..charts import draw_verdicts
 
-        (out / "verdicts.json").write_text(json.dumps(found.as_dict(), indent=1))
+        whole(out / "verdicts.json", lambda file: file.write_text(json.dumps(found.as_dict(), indent=1)))
         rows = zip(pairs, found.differences.tolist(), strict=True)
-        (out / "pairs.jsonl").write_text("".join(_line(pair, d) for pair, d in rows))
+        whole(out / "pairs.jsonl", lambda file: file.write_text("".join(_line(pair, d) for pair, d in rows)))
         draw_verdicts(Path(out) / "verdicts.png", found)
         print(f"wrote {out}/verdicts.json, {out}/pairs.jsonl, {out}/verdicts.png", file=sys.stderr)
     print(json.dumps(found.as_dict()) if options.json else _table(found))

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rewards.base import Features
+from rewards.files import whole
 from rewards.heads import Head, Raw
 from samplers.noise import mix
 
@@ -259,6 +260,4 @@ def _save(
         "best": best,
         "epoch": epoch,
     }
-    partial = path.with_name(f"{path.name}.partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    whole(path, lambda file: torch.save(state, file), durable=False)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.files import whole
+
 from ..agreement import accuracy, calibration_error, fit_temperature, log_loss, reliability
 from ..bestofn import best_of_n
 from .data import Comparisons
@@ -116,6 +118,4 @@ def draw(path: Path, report: Mapping[str, Any], losses: Sequence[tuple[float, fl
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in axes:
             axis.tick_params(length=0)
-        partial = path.with_name(f"{path.name}.partial")
-        figure.savefig(partial, format="png", facecolor="white")
-    partial.replace(path)
+        whole(path, lambda file: figure.savefig(file, format="png", facecolor="white"), durable=False)

@@ -17,4 +17,4 @@ def data(tmp_path_factory):
 def plain(monkeypatch):
     """Runs without curves, and without waiting for the disk: both take longer than the training of these tests."""
     monkeypatch.setattr("align.reports.draw_curves", lambda *args, **how: None)
-    monkeypatch.setattr("align.checkpoints.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("rewards.files.os.fsync", lambda descriptor: None)

@@ -16,6 +16,7 @@ import torchvision.transforms.functional  # noqa: F401 — once, not in every pr
 
 import align
 import align.parts
+import rewards.files
 from rewards import Brightness, Sharpness
 from tests.align import pictures
 from tests.align.pictures import Diary
@@ -85,7 +86,7 @@ def test_cut_off_at_every_step_of_writing(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for module, name in (
                 (os, "fsync"),
-                (align.parts, "flush"),
+                (rewards.files, "flush"),
                 (align.parts.Path, "replace"),
                 (align.parts.Path, "mkdir"),
             ):

@@ -31,6 +31,7 @@ SHARED = {
     "base",
     "composite",
     "dual",
+    "files",
     "heads",
     "judging",
     "loading",
