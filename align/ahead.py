@@ -12,7 +12,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -26,7 +26,7 @@ from rewards import Prompt
 from .decoding import Decoder
 from .entries import Entry
 
-__all__ = ["Batch", "Item", "ahead", "batches", "cut", "cut_whole", "decode", "in_threads"]
+__all__ = ["Batch", "Item", "ahead", "alike", "batches", "cut", "cut_whole", "decode", "in_threads"]
 
 READY, WINDOW = 2, 2  # batches that wait for the consumer, and to become full
 T = TypeVar("T")
@@ -59,6 +59,17 @@ class Batch:
     chunk: int
     items: list[Item]
     media: Tensor | None = None
+
+
+def alike(kinds: Iterable[Hashable], batch: int) -> Iterator[list[int]]:
+    """Numbers of things of one kind, such as media of one shape, at most `batch` together."""
+    waiting: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        rows = waiting.setdefault(kind, [])
+        rows.append(i)
+        if len(rows) == batch:
+            yield waiting.pop(kind)
+    yield from waiting.values()
 
 
 def cut(entries: Iterable[Entry], rows: int) -> Iterator[tuple[int, Entry]]:

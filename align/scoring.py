@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rewards import Prompt, Reward, Scores, as_prompts
 
-from .ahead import ahead, batches, cut, cut_whole, decode, in_threads
+from .ahead import ahead, alike, batches, cut, cut_whole, decode, in_threads
 from .decoding import FRAMES, Decoder, as_float, pixels
 from .description import describe
 from .entries import PLURAL, Columns, Entries, Entry, Wanted, entries_of
@@ -115,7 +115,8 @@ def score(reward: Reward, media: Shown, prompts: Prompts = (), *, batch: int = 3
     parts: dict[str, Tensor] = {}
     device = device_of([reward])
     with torch.no_grad():
-        for rows in _whole(reward, images, prompts, batch) if reward.compares else _batches(images, batch):
+        alone = alike((tuple(image.shape) for image in images), batch)
+        for rows in _whole(reward, images, prompts, batch) if reward.compares else alone:
             media = torch.stack([images[i] for i in rows]).to(device)
             scores = reward.score(media, [prompts[i] for i in rows] if prompts else [])
             total[rows] = scores.total.cpu()
@@ -308,14 +309,6 @@ def _tensor(item: str | Path | Image.Image | Tensor, decoder: Decoder | None) ->
     if not Path(item).is_file():
         raise FileNotFoundError(f"no {decoder.modality} file {item}")
     return as_float(decoder(Media(str(item), Path(item))))
-
-
-def _batches(images: list[Tensor], batch: int) -> list[list[int]]:
-    """Indices of same-sized images, at most `batch` together."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for i, image in enumerate(images):
-        by_shape.setdefault(tuple(image.shape), []).append(i)
-    return [rows[j : j + batch] for rows in by_shape.values() for j in range(0, len(rows), batch)]
 
 
 def _whole(reward: Reward, images: list[Tensor], prompts: list[Prompt], batch: int) -> list[list[int]]:

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from rewards import Reward
 from rewards.base import Features
+from rewards.files import whole
 from rewards.learned import encoded, probe
 
-from ..media import image_size, load_rgb
+from ..ahead import alike
+from ..decoding import Decoder, as_float
+from ..media import image_size
+from ..scorer import device_of
 from .data import Sample
 
 __all__ = ["Cached", "Encodings", "Live", "encode", "pixels"]
 
 
-class Encodings:
+class Encodings(ABC):
     """Features of samples by their numbers."""
 
+    @abstractmethod
     def __call__(self, samples: Tensor) -> Features:
         """The features of some samples."""
-        raise NotImplementedError
 
 
 class Cached(Encodings):
@@ -75,9 +79,7 @@ def encode(
         stored = {"joint": seen.joint.cpu(), "prompt": seen.prompt.cpu().contiguous(), "brightness": brightness}
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-            partial.write_bytes(save(stored))
-            partial.replace(file)
+            whole(file, lambda path: save_file(stored, path), durable=False)
     return Cached(samples, Features(stored["joint"], stored["prompt"]), stored["brightness"])
 
 
@@ -92,8 +94,8 @@ def _key(encoder: Reward, samples: Sequence[Sample]) -> str:
 def _encode(encoder: Reward, samples: Sequence[Sample], batch: int, bar: tqdm | None) -> tuple[Features, Tensor]:
     """Features in the order of the samples, and their brightness."""
     order, joint, prompt, brightness = [], [], [], []
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-    for rows in _alike(samples, batch):
+    device = device_of([encoder])
+    for rows in alike((image_size(sample.media, verify=False) for sample in samples), batch):
         media = torch.stack([pixels(samples[i]) for i in rows])
         seen = encoded(encoder, media.to(device), [samples[i].prompt for i in rows])
         order += rows
@@ -107,20 +109,6 @@ def _encode(encoder: Reward, samples: Sequence[Sample], batch: int, bar: tqdm | 
     return Features(*(t[back.to(t.device)] for t in together)), torch.cat(brightness)[back]
 
 
-def _alike(samples: Sequence[Sample], batch: int) -> Iterator[list[int]]:
-    """Numbers of samples of one size, at most `batch` together."""
-    waiting: dict[tuple[int, int], list[int]] = {}
-    for i, sample in enumerate(samples):
-        rows = waiting.setdefault(image_size(sample.media, verify=False), [])
-        rows.append(i)
-        if len(rows) == batch:
-            yield rows.copy()
-            rows.clear()
-    yield from (rows for rows in waiting.values() if rows)
-
-
 def pixels(sample: Sample) -> Tensor:
     """(3, H, W) in [0, 1]."""
-    from torchvision.transforms.functional import pil_to_tensor
-
-    return pil_to_tensor(load_rgb(sample.media)).float() / 255
+    return as_float(Decoder()(sample.media))
