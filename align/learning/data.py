@@ -20,18 +20,10 @@ from torch import Tensor
 
 from rewards import Prompt
 
-from ..media import Media
+from ..pairs import Side
 from ..rows import Record
 
-__all__ = ["Comparisons", "Sample", "compare", "digest", "split"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image with the prompt it was judged for."""
-
-    media: Media
-    prompt: Prompt
+__all__ = ["Comparisons", "compare", "digest", "split"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class Comparisons:
         weight, prompt, user: (L,) of the records; user is -1 where nobody is named.
     """
 
-    samples: Sequence[Sample]
+    samples: Sequence[Side]
     users: Sequence[str]
     rows: Tensor
     record: Tensor
@@ -111,7 +103,7 @@ def compare(records: Sequence[Record]) -> Comparisons:
         ValueError: a record has no images.
     """
     samples: dict[tuple[str, Prompt], int] = {}
-    listed: list[Sample] = []
+    listed: list[Side] = []
     prompts: dict[Prompt, int] = {}
     users: dict[str, int] = {}
     per_row: list[tuple[int, int, int, bool]] = []
@@ -125,7 +117,7 @@ def compare(records: Sequence[Record]) -> Comparisons:
         for media, quality in zip(record.images, record.quality, strict=True):
             key = (media.key, record.prompt)
             if samples.setdefault(key, len(listed)) == len(listed):
-                listed.append(Sample(media, record.prompt))
+                listed.append(Side(record.prompt, media))
             per_row.append((samples[key], number, levels.index(quality), quality > levels[-1]))
         for i, j in record.pairs():
             lead = record.margin[i] - record.margin[j] if record.margin else 0.0

@@ -20,8 +20,8 @@ from rewards.learned import encoded, probe
 from ..ahead import alike
 from ..decoding import Decoder, as_float
 from ..media import image_size
+from ..pairs import Side
 from ..scorer import device_of
-from .data import Sample
 
 __all__ = ["Cached", "Encodings", "Live", "encode", "pixels"]
 
@@ -43,7 +43,7 @@ class Cached(Encodings):
         brightness: (N,) mean pixel of each sample.
     """
 
-    def __init__(self, samples: Sequence[Sample], seen: Features, brightness: Tensor) -> None:
+    def __init__(self, samples: Sequence[Side], seen: Features, brightness: Tensor) -> None:
         self.samples, self.all, self.brightness = samples, seen, brightness
 
     def __call__(self, samples: Tensor) -> Features:
@@ -53,7 +53,7 @@ class Cached(Encodings):
 class Live(Encodings):
     """Features computed when they are asked for, as part of the graph."""
 
-    def __init__(self, encoder: Reward, samples: Sequence[Sample], batch: int) -> None:
+    def __init__(self, encoder: Reward, samples: Sequence[Side], batch: int) -> None:
         self.encoder, self.samples, self.batch = encoder, samples, batch
 
     def __call__(self, samples: Tensor) -> Features:
@@ -63,7 +63,7 @@ class Live(Encodings):
 
 
 def encode(
-    encoder: Reward, samples: Sequence[Sample], batch: int = 32, cache: Path | None = None, progress: bool = False
+    encoder: Reward, samples: Sequence[Side], batch: int = 32, cache: Path | None = None, progress: bool = False
 ) -> Cached:
     """Encodes all samples, or reads them if that was done before.
 
@@ -83,7 +83,7 @@ def encode(
     return Cached(samples, Features(stored["joint"], stored["prompt"]), stored["brightness"])
 
 
-def _key(encoder: Reward, samples: Sequence[Sample]) -> str:
+def _key(encoder: Reward, samples: Sequence[Side]) -> str:
     """What determines encodings: equal where every image, every prompt and the encoder are."""
     total = hashlib.sha256(probe(encoder).numpy().tobytes())
     for sample in samples:
@@ -91,7 +91,7 @@ def _key(encoder: Reward, samples: Sequence[Sample]) -> str:
     return total.hexdigest()[:32]
 
 
-def _encode(encoder: Reward, samples: Sequence[Sample], batch: int, bar: tqdm | None) -> tuple[Features, Tensor]:
+def _encode(encoder: Reward, samples: Sequence[Side], batch: int, bar: tqdm | None) -> tuple[Features, Tensor]:
     """Features in the order of the samples, and their brightness."""
     order, joint, prompt, brightness = [], [], [], []
     device = device_of([encoder])
@@ -109,6 +109,6 @@ def _encode(encoder: Reward, samples: Sequence[Sample], batch: int, bar: tqdm | 
     return Features(*(t[back.to(t.device)] for t in together)), torch.cat(brightness)[back]
 
 
-def pixels(sample: Sample) -> Tensor:
+def pixels(sample: Side) -> Tensor:
     """(3, H, W) in [0, 1]."""
     return as_float(Decoder()(sample.media))

@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 
 from align.learning import report
-from align.learning.data import Sample
 from align.media import Media
+from align.pairs import Side
 from rewards import Prompt
 from tests.align.learning.test_losses import ranked
 
@@ -30,7 +30,7 @@ def test_ties_count_half_or_not_at_all_and_the_scale_is_calibrated_away():
     data = ranked([0, 1], [1, 0], [0, 0])
     raw = torch.tensor([3.0, 0.0, 2.0, 0.0, 5.0, 1.0])  # right, wrong, tied
     pale = torch.tensor([0.2, 0.1, 0.9, 0.2, 0.4, 0.3])
-    data = replace(data, samples=[Sample(Media(str(i)), Prompt("a star")) for i in range(6)])
+    data = replace(data, samples=[Side(Prompt("a star"), Media(str(i))) for i in range(6)])
     found = report.judged(raw / 7, raw, data, pale, report.temperature_of(raw / 7, data))
     assert (found["accuracy"], found["accuracy_ties_half"]) == (0.5, 0.5)
     assert found["nll_calibrated"] <= found["nll"]
@@ -46,7 +46,7 @@ def test_a_record_of_weight_three_is_three_records():
     for times, weight in ((1, 3.0), (3, 1.0)):
         data = ranked(*places[:1] * times, *places[1:])
         weights = torch.tensor([weight] * times + [1.0] * 3)
-        samples = [Sample(Media(str(i)), Prompt("a star")) for i in range(len(data.rows))]
+        samples = [Side(Prompt("a star"), Media(str(i))) for i in range(len(data.rows))]
         data = replace(data, samples=samples, weight=weights)
         raw = torch.tensor(scores[:2] * times + scores[2:])
         grey = torch.tensor(pale[:2] * times + pale[2:])
