@@ -1,5 +1,6 @@
 """Samplers: policies, kernels, the one denoising loop, and steering."""
 
+from .guidance import Guided
 from .kernels import CPS, DDIM, ODE, Consistency, DanceSDE, FlowSDE, Kernel, Unmask
 from .ledger import Ledger
 from .levels import Clean, Levels, Prediction, diffuse, to_clean
@@ -18,7 +19,7 @@ from .rollout import (
     rollout,
 )
 from .smc import SVDD, BestOfN, CoDe, FeynmanKac
-from .steering import FREE, Compose, Context, Guided, RewardFailed, Steering
+from .steering import FREE, Compose, Context, RewardFailed, Steering
 from .transitions import Categorical, Gaussian, Transition
 
 KILTER = True  # lets `align` recognise a stranger's package of the same name
