@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .ledger import Ledger
 from .levels import Clean, Levels
 from .noise import Noise, side_generator
 from .transitions import Categorical, Transition
+from .values import Value
 
 if TYPE_CHECKING:
     from .policy import Cond, Policy
@@ -104,22 +105,26 @@ class Context:
         if self.log_ratio is not None:
             self.log_ratio = self.log_ratio[rows]
 
-    def score(self, reward: Reward) -> Tensor:
+    def score(self, judge: Reward | Value) -> Tensor:
         """(B,) the reward of the clean estimate at this step, computed once; of the full decode at the final step.
 
-        Where a steering tilts by this reward, its gradient with respect to x is computed in the same pass.
+        Of a value, its estimate at the state itself. Where a steering tilts by the judge, its gradient with respect to x is
+        computed in the same pass.
         """
-        if id(reward) not in self._scores:
-            if self._graph is not None and any(reward is r for r in self.tilting):
-                self._score_and_gradient(reward)
+        if id(judge) not in self._scores:
+            tilts = any(judge is j for j in self.tilting)
+            if isinstance(judge, Value):
+                self._estimate(judge, tilts)
+            elif self._graph is not None and tilts:
+                self._score_and_gradient(judge)
             else:
-                self._scores[id(reward)] = self.score_of(self.clean.x0, reward)
-        return self._scores[id(reward)]
+                self._scores[id(judge)] = self.score_of(self.clean.x0, judge)
+        return self._scores[id(judge)]
 
-    def gradient(self, reward: Reward) -> Tensor:
-        """(B, …) gradient of the reward of the clean estimate with respect to x, through decoder and network."""
-        self.score(reward)
-        return self._gradients[id(reward)]
+    def gradient(self, judge: Reward | Value) -> Tensor:
+        """(B, …) gradient with respect to x: of the reward of the clean estimate, through decoder and network; of a value."""
+        self.score(judge)
+        return self._gradients[id(judge)]
 
     def score_of(self, x0: Tensor, reward: Reward) -> Tensor:
         """(B,) the reward of given clean samples."""
@@ -133,9 +138,13 @@ class Context:
                 return reward(media, self.prompts)
 
     @property
-    def tilting(self) -> list[Reward]:
-        """Rewards whose gradients the steering asks for at this step."""
+    def tilting(self) -> list[Reward | Value]:
+        """Rewards and values whose gradients the steering asks for at this step."""
         return [] if self.final else self.steering.tilting(self.step / self.levels.steps)
+
+    def differentiates(self, step: int) -> bool:
+        """Whether the steering will differentiate a reward through the network call of this step."""
+        return any(isinstance(judge, Reward) for judge in self.steering.tilting(step / self.levels.steps))
 
     def _score_and_gradient(self, reward: Reward) -> None:
         """Both from one pass over the step's graph, whose rows are in the order before this step's selection."""
@@ -144,12 +153,22 @@ class Context:
         with torch.enable_grad():
             scores = self.score_of(x0, reward)
             with self.ledger.spend("gradient", len(x), x.device):
-                more = len(self._gradients) + 1 < len(self.tilting)
+                rewards = [judge for judge in self.tilting if isinstance(judge, Reward)]
+                more = sum(id(judge) in self._gradients for judge in rewards) + 1 < len(rewards)
                 (gradient,) = torch.autograd.grad(scores.nansum(), x, retain_graph=more)
         scores = scores.detach()
         if self._taken is not None:
             scores, gradient = scores[self._taken], gradient[self._taken]
         self._scores[id(reward)], self._gradients[id(reward)] = scores, gradient
+
+    def _estimate(self, value: Value, tilts: bool) -> None:
+        """A value at the state, and its gradient if that will be asked for: there is no graph but its own."""
+        x = self.x.detach().requires_grad_(tilts)
+        with torch.set_grad_enabled(tilts), self.ledger.spend("reward", len(x), x.device):
+            scores = value(x, self.levels[self.step], self.cond, self.prompts)
+            if tilts:
+                (self._gradients[id(value)],) = torch.autograd.grad(scores.nansum(), x)
+        self._scores[id(value)] = scores.detach()
 
     def release(self) -> None:
         """Lets go of the step's graph once its rewards have been differentiated."""
@@ -190,6 +209,7 @@ class Steering(ABC):
     """Inference-time control. The base class steers nothing."""
 
     reward: Reward | None = None
+    outside: bool = False  # whether it makes rollouts of its own, see `samplers.outer`
 
     def select(self, ctx: Context) -> Tensor | None:
         """Ancestors (P, K), indices within each group, or None to keep the population. Called at every step and once at T."""
@@ -202,8 +222,8 @@ class Steering(ABC):
     def check(self, ctx: Context) -> None:
         """Raises before any network runs if this steering cannot work in this run."""
 
-    def tilting(self, progress: float) -> list[Reward]:
-        """Rewards whose gradients `propose` will ask for when this share of the steps, in [0, 1), is done."""
+    def tilting(self, progress: float) -> list[Reward | Value]:
+        """Rewards and values whose gradients `propose` will ask for when this share of the steps, in [0, 1), is done."""
         return []
 
     def rewards(self) -> list[Reward]:
@@ -222,7 +242,7 @@ class Steering(ABC):
         return self.reward
 
     def __repr__(self) -> str:
-        fields = {k: v.name if isinstance(v, Reward) else v for k, v in vars(self).items()}
+        fields = {k: v.name if isinstance(v, (Reward, Value)) else v for k, v in vars(self).items()}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
 
 
@@ -244,6 +264,10 @@ class Compose(Steering):
 
     def __init__(self, a: Steering, b: Steering) -> None:
         self.a, self.b = a, b
+        if a.outside or b.outside:
+            raise ValueError(
+                f"Compose joins steerings within a rollout; {a if a.outside else b} makes rollouts of its own"
+            )
 
     def select(self, ctx: Context) -> Tensor | None:
         first, second = self.a.select(ctx), self.b.select(ctx)
@@ -258,7 +282,7 @@ class Compose(Steering):
         self.a.check(ctx)
         self.b.check(ctx)
 
-    def tilting(self, progress: float) -> list[Reward]:
+    def tilting(self, progress: float) -> list[Reward | Value]:
         return _distinct(self.a.tilting(progress) + self.b.tilting(progress))
 
     def rewards(self) -> list[Reward]:
@@ -268,5 +292,8 @@ class Compose(Steering):
         return Compose(self.a.bind(reward), self.b.bind(reward))
 
 
-def _distinct(rewards: list[Reward]) -> list[Reward]:
-    return list({id(reward): reward for reward in rewards}.values())
+Judge = TypeVar("Judge")
+
+
+def _distinct(judges: list[Judge]) -> list[Judge]:
+    return list({id(judge): judge for judge in judges}.values())
