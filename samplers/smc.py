@@ -24,7 +24,7 @@ estimate was made from, with no lag; a many-draw value is β·log mean exp(r/β)
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Optional
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from rewards.base import Reward
 
 from .resampling import UNBIASED, Scheme, ess, log_mean_exp, resample, temper
 from .steering import Context, RewardFailed, Steering
+from .values import Value
 
 __all__ = ["SVDD", "BestOfN", "CoDe", "FeynmanKac", "Potential", "Tempering"]
 
@@ -59,6 +60,8 @@ class FeynmanKac(Steering):
             value that keeps the effective sample size at the threshold, never decreasing.
         draws: clean estimates averaged into an intermediate value; more than 1 looks ahead stochastically, which costs one
             network evaluation a draw.
+        value: judges the noisy states of events in place of the reward of their clean estimates. The last weighting is always
+            by the reward, so that log Z stays unbiased whatever the value says.
 
     Raises:
         ValueError: an argument out of range; at run time, resampling with a deterministic kernel.
@@ -76,6 +79,7 @@ class FeynmanKac(Steering):
         stop: float = 1.0,
         tempering: Tempering = "constant",
         draws: int = 1,
+        value: Optional[Value] = None,
     ) -> None:
         if not beta >= 0:
             raise ValueError(f"beta must be ≥ 0; got {beta}")
@@ -83,6 +87,8 @@ class FeynmanKac(Steering):
             raise ValueError(f"ess_threshold is a share of the particles in [0, 1]; got {ess_threshold}")
         if every < 1 or draws < 1:
             raise ValueError(f"every and draws must be ≥ 1; got {every} and {draws}")
+        if value is not None and draws > 1:
+            raise ValueError(f"a value judges states themselves, so there are no draws to average; got draws {draws}")
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"start and stop are fractions of the run, 0 <= start <= stop <= 1; got {start}, {stop}")
         if tempering == "adaptive" and not 0 < ess_threshold < 1:
@@ -92,7 +98,7 @@ class FeynmanKac(Steering):
         self.reward, self.beta, self.potential = reward, beta, potential
         self.resampler: Scheme = resampler
         self.ess_threshold, self.every, self.start, self.stop = ess_threshold, every, start, stop
-        self.tempering, self.draws = tempering, draws
+        self.tempering, self.draws, self.value = tempering, draws, value
 
     def events(self, steps: int) -> list[int]:
         """The steps at whose start the population is weighed, before the last weighting at `steps`."""
@@ -106,6 +112,8 @@ class FeynmanKac(Steering):
 
     def check(self, ctx: Context) -> None:
         self._need_reward()
+        if self.value is not None:
+            self.value.attach(ctx.policy)
         wanted = self.events(ctx.levels.steps)
         resamples = self.family(ctx.particles) > 1 and self.resampler != "none" and self.ess_threshold > 0
         if wanted and resamples and not ctx.kernel.diversifies(ctx.levels, wanted[0]):
@@ -197,31 +205,33 @@ class FeynmanKac(Steering):
         return gamma.reshape(-1, 1)
 
     def _value(self, ctx: Context) -> tuple[Tensor, Tensor]:
-        """(P, K) float64 on the CPU: the reward of each clean estimate, −∞ if it has none; and which were judged.
+        """(P, K) float64 on the CPU: the reward of each clean estimate, or the value of each state before the end, −∞ if there
+        is none; and which were judged.
 
         At the end, and where the estimate is not finite, a particle that could not be judged is dead.
         """
         reward = self._need_reward()
         estimate = self.draws == 1 and ctx.clean.eps is not None  # tokens have no mean: their estimate is a draw
-        if ctx.final or estimate:
-            scores = ctx.score(reward).cpu().double()
+        judge = reward if ctx.final or self.value is None else self.value
+        if ctx.final or estimate or judge is self.value:
+            scores = ctx.score(judge).cpu().double()
         else:
             drawn = [ctx.score_of(ctx.posterior_draw(j), reward).cpu().double() for j in range(self.draws)]
             scores = self._soft_mean(torch.stack(drawn))
         value = scores.reshape(ctx.groups, ctx.particles)
         failed = value.isnan()
         if bool(failed.any()):
-            ctx.failures[reward.name] = ctx.failures.get(reward.name, 0) + int(failed.sum())
+            ctx.failures[judge.name] = ctx.failures.get(judge.name, 0) + int(failed.sum())
             if bool(failed.all(1).any() if ctx.final else failed.all()):
                 prompt = next(
                     (p.text for p, f in zip(ctx.prompts[:: ctx.particles], failed.all(1), strict=False) if f), ""
                 )
-                raise RewardFailed(f"{reward.name} could judge no sample of {prompt!r} at step {ctx.step}")
+                raise RewardFailed(f"{judge.name} could judge no sample of {prompt!r} at step {ctx.step}")
         lost = ~ctx.clean.x0.flatten(1).isfinite().all(1).cpu().reshape(value.shape) | ctx.final
         judged = ~failed | lost
         value = value.masked_fill(failed, -torch.inf)
         if bool(((value == -torch.inf) & judged).all(1).any()):
-            raise RewardFailed(f"{reward.name} gave every particle of a prompt −∞ or NaN at step {ctx.step}")
+            raise RewardFailed(f"{judge.name} gave every particle of a prompt −∞ or NaN at step {ctx.step}")
         ctx.rows["reward"] = value
         return value, judged
 
@@ -273,7 +283,7 @@ class SVDD(FeynmanKac):
         reward: what to steer by; None takes the run's.
         beta: temperature; 0 keeps the best child.
         children: M, which must divide the particles; None makes one chain of them all.
-        every, start, stop: as in `FeynmanKac`.
+        every, start, stop, value: as in `FeynmanKac`; the learned values of SVDD-MC are a `value`.
     """
 
     def __init__(
@@ -284,8 +294,10 @@ class SVDD(FeynmanKac):
         every: int = 1,
         start: float = 0.0,
         stop: float = 1.0,
+        value: Optional[Value] = None,
     ) -> None:
-        super().__init__(reward, beta, resampler="single", ess_threshold=1.0, every=every, start=start, stop=stop)
+        how = {"every": every, "start": start, "stop": stop, "value": value}
+        super().__init__(reward, beta, resampler="single", ess_threshold=1.0, **how)
         if children is not None and children < 1:
             raise ValueError(f"children must be ≥ 1; got {children}")
         self.children = children
