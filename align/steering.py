@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,7 +14,21 @@ from torch import Tensor
 
 from rewards import Prompt, Reward, as_prompts
 from rewards.preprocess import sharing
-from samplers import Context, Interrupted, Kernel, Ledger, Policy, SeededNoise, Size, Steering, Trajectory, rollout
+from samplers import (
+    Context,
+    Interrupted,
+    Iterate,
+    Kernel,
+    Ledger,
+    Outer,
+    Policy,
+    Problem,
+    SeededNoise,
+    Size,
+    Steering,
+    Trajectory,
+)
+from samplers import run as run_problem
 from samplers.steering import FREE
 
 from .description import describe
@@ -50,6 +64,7 @@ def steer(
     batch: int = 32,
     progress: bool = False,
     watch=None,
+    seen: Callable[[Iterate], None] | None = None,
 ) -> Steered:
     """Samples each prompt with and without steering, from the same seeds.
 
@@ -70,6 +85,7 @@ def steer(
         batch: samples in flight at a time; whole prompts, so at least `particles`.
         progress: show a progress bar on standard error.
         watch: called with the `samplers.Context` after every step.
+        seen: called with the `samplers.Iterate` after every iterate of a noise optimisation or search.
 
     Returns:
         Samples, weights, evidence and the ledger. If a run is interrupted (Ctrl-C), a reward fails for all samples of a
@@ -85,7 +101,7 @@ def steer(
     guidance = policy.guidance if guidance is None else guidance
     gold = gold_of(policy, prompts) if gold == "auto" else gold
     panel = panel_of([*steering.rewards(), *rewards], gold)
-    run = _Run(policy, kernel, levels, shape, guidance, steering, particles, seed, panel)
+    run = _Run(policy, kernel, levels, shape, guidance, steering, particles, seed, panel, batch)
     run.check(prompts[0])
     config = {
         "policy": f"{type(policy).__module__}.{type(policy).__qualname__}",
@@ -102,7 +118,7 @@ def steer(
     per_chunk = max(1, batch // particles)
     world = World(cpu=policy.device.type == "cpu")
     arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
-    with _bar(progress and world.first, len(prompts), per_chunk * world.size, levels.steps, arms, watch) as tick:
+    with _bar(progress and world.first, len(prompts), per_chunk * world.size, levels.steps, arms, watch, seen) as tick:
         run.all(result, prompts, arms, per_chunk, tick, world)
     if world.size > 1:
         run.merge(result, per_chunk, world)
@@ -117,9 +133,9 @@ def steer(
 class _Run:
     """What stays the same over the chunks and arms of one call."""
 
-    def __init__(self, policy, kernel, levels, shape, guidance, steering, particles, seed, panel) -> None:
+    def __init__(self, policy, kernel, levels, shape, guidance, steering, particles, seed, panel, batch) -> None:
         self.policy, self.kernel, self.levels, self.shape, self.guidance = policy, kernel, levels, shape, guidance
-        self.steering, self.particles, self.seed, self.panel = steering, particles, seed, panel
+        self.steering, self.particles, self.seed, self.panel, self.batch = steering, particles, seed, panel, batch
         self.ledgers = {PLAIN: Ledger(), STEERED: Ledger()}
         self.groups: dict[int, dict[str, Any]] = {}
 
@@ -170,9 +186,10 @@ class _Run:
         """Samples one chunk of prompts and adds it to the result; an interrupted chunk is added before the interrupt goes on."""
         cond = self.policy.encode(prompts).with_guidance(self.guidance)
         noise = SeededNoise(self.seeds(len(prompts), first), self.shape, device=self.policy.device)
-        how = {"particles": self.particles, "prompts": prompts, "steering": steering, "watch": tick}
+        how = {"particles": self.particles, "prompts": prompts, "batch": self.batch}
+        how |= {"seen": tick[1]} if isinstance(steering, Outer) else {"watch": tick[0]}
         try:
-            trajectory = rollout(self.policy, self.kernel, cond, self.levels, noise, **how)
+            trajectory = run_problem(Problem(self.policy, self.kernel, cond, self.levels, noise, **how), steering)
         except Interrupted as stop:
             self._collect(result, stop.trajectory, prompts, first, arm)
             raise
@@ -260,23 +277,28 @@ def _checked(prompts: Any, particles: int, batch: int) -> list[Prompt]:
 
 
 @contextmanager
-def _bar(show: bool, prompts: int, per_chunk: int, steps: int, arms: list, watch) -> Iterator:
-    """A callback for every step: the progress bar, with the mean reward and the effective sample size, and `watch`."""
+def _bar(show: bool, prompts: int, per_chunk: int, steps: int, arms: list, watch, seen) -> Iterator[tuple]:
+    """Callbacks for every step and for every iterate: the progress bar, with the mean reward, and the user's own."""
     from tqdm import tqdm
 
-    if not show and watch is None:
-        yield None
-        return
-    total = math.ceil(prompts / per_chunk) * steps * len(arms)
+    ticks = sum(how.rounds if isinstance(how, Outer) else steps for _, how in arms)
+    total = math.ceil(prompts / per_chunk) * ticks
     with tqdm(total=total, disable=not show, unit="step", dynamic_ncols=True) as bar:
 
-        def tick(ctx: Context) -> None:
+        def stepped(ctx: Context) -> None:
             if not ctx.final:
                 bar.update()
-            if ctx.ess and "reward" in ctx.rows:
+            if show and ctx.ess and "reward" in ctx.rows:
                 reward = ctx.rows["reward"].mean().item()
                 bar.set_postfix(reward=f"{reward:.3g}", ess=f"{ctx.ess[-1].mean().item():.1f}", refresh=False)
             if watch is not None:
                 watch(ctx)
 
-        yield tick
+        def iterated(iterate: Iterate) -> None:
+            bar.update()
+            if show:
+                bar.set_postfix(best=f"{iterate.best.mean().item():.3g}", refresh=False)
+            if seen is not None:
+                seen(iterate)
+
+        yield stepped if show or watch is not None else None, iterated

@@ -1,10 +1,12 @@
 """Samplers: policies, kernels, the one denoising loop, and steering."""
 
+from .budget import Budget
 from .guidance import Guided
 from .kernels import CPS, DDIM, ODE, Consistency, DanceSDE, FlowSDE, Kernel, Unmask
 from .ledger import Ledger
 from .levels import Clean, Levels, Prediction, diffuse, to_clean
 from .noise import Noise, NoiseBank, SeededNoise
+from .outer import Found, Iterate, Outer, Problem, run
 from .policy import Cond, Policy, Size
 from .resampling import Scheme
 from .rollout import (
@@ -21,13 +23,59 @@ from .rollout import (
 from .smc import SVDD, BestOfN, CoDe, FeynmanKac
 from .steering import FREE, Compose, Context, RewardFailed, Steering
 from .transitions import Categorical, Gaussian, Transition
+from .values import Value
 
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
 __all__ = [
-    "CPS", "DDIM", "FREE", "ODE", "SVDD", "BestOfN", "Categorical", "Clean", "CoDe", "Compose", "Cond", "Consistency",
-    "Context", "DanceSDE", "FeynmanKac", "FlowSDE", "Gaussian", "GradWindow", "Guided", "Interrupted", "Kernel", "Ledger",
-    "Levels", "Noise", "NoiseBank", "Policy", "Prediction", "RewardFailed", "Scheme", "SeededNoise", "Size", "Steering",
-    "Trajectory", "Transition", "Unmask", "always", "diffuse", "last", "never", "only", "random_truncation", "rollout",
+    "CPS",
+    "DDIM",
+    "FREE",
+    "ODE",
+    "SVDD",
+    "BestOfN",
+    "Budget",
+    "Categorical",
+    "Clean",
+    "CoDe",
+    "Compose",
+    "Cond",
+    "Consistency",
+    "Context",
+    "DanceSDE",
+    "FeynmanKac",
+    "FlowSDE",
+    "Found",
+    "Gaussian",
+    "GradWindow",
+    "Guided",
+    "Interrupted",
+    "Iterate",
+    "Kernel",
+    "Ledger",
+    "Levels",
+    "Noise",
+    "NoiseBank",
+    "Outer",
+    "Policy",
+    "Prediction",
+    "Problem",
+    "RewardFailed",
+    "Scheme",
+    "SeededNoise",
+    "Size",
+    "Steering",
+    "Trajectory",
+    "Transition",
+    "Unmask",
+    "Value",
+    "always",
+    "diffuse",
+    "last",
+    "never",
+    "only",
+    "random_truncation",
+    "rollout",
+    "run",
     "to_clean",
-]  # fmt: skip
+]

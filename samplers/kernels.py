@@ -22,6 +22,7 @@ Multistep ODE solvers are left out on purpose: they are not Markov in x and so h
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -80,6 +81,14 @@ class Kernel(ABC):
     def diversifies(self, levels: Levels, start: int = 0) -> bool:
         """Whether any step from `start` on is stochastic, so that copies of one state come apart."""
         return bool((self.stds(levels)[start:] > 0).any())
+
+    def window(self, start: int, stop: int) -> Kernel:
+        """This kernel on the steps start … stop − 1 of a table alone."""
+        if self.noisy_steps is None:
+            return self
+        part = copy.copy(self)
+        part.noisy_steps = self.noisy_steps[start:stop]
+        return part
 
     @abstractmethod
     def std(self, now: Levels, to: Levels) -> Tensor:

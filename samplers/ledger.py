@@ -16,7 +16,8 @@ Spending = Literal["network", "decode", "reward", "gradient"]
 
 
 class Ledger:
-    """Counts samples put through each part. A guided network evaluation counts both of its branches.
+    """Counts samples put through each part. A guided network evaluation counts both of its branches, and so does a gradient:
+    "gradient" counts network evaluations that were differentiated.
 
     On a GPU the seconds come from events on the stream, read once at the end, so that counting never waits for the device.
     """
@@ -63,6 +64,11 @@ class Ledger:
                 hook.remove()
 
     @property
+    def evaluations(self) -> int:
+        """Network evaluations and what their backward passes cost, which is two more each."""
+        return self.counts["network"] + 2 * self.counts["gradient"]
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Seconds of each part so far; waits for the device."""
         for on, begin, end in self._events:
@@ -70,6 +76,13 @@ class Ledger:
             self._seconds[on] += begin.elapsed_time(end) / 1000
         self._events.clear()
         return dict(self._seconds)
+
+    def add(self, other: Ledger) -> None:
+        """Takes over what another ledger counted, without waiting for the device."""
+        for on in self.counts:
+            self.counts[on] += other.counts[on]
+            self._seconds[on] += other._seconds[on]
+        self._events += other._events
 
     def __add__(self, other: Ledger) -> Ledger:
         total = Ledger()

@@ -96,7 +96,10 @@ class Trajectory:
         media: (B, …) the decoded final samples if the steering scored them.
         failures: samples a reward could not judge, by its name.
         ledger: what the run spent.
-        stopped_at: None, or the step at which the run was interrupted; x0 then holds clean estimates.
+        stopped_at: None, or the step at which the run was interrupted; x0 then holds clean estimates. Of an outer method the
+            iterates it finished; x0 then holds the best so far.
+        noise: the noises that make x0, where an outer method searched them: noise(0) or noise(0) … noise(T), (B, …) each.
+        history: of an outer method, (iterates, P, K) each: "reward", "best" and what the method adds.
     """
 
     x0: Tensor
@@ -115,6 +118,8 @@ class Trajectory:
     failures: dict[str, int] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     stopped_at: int | None = None
+    noise: tuple[Tensor, ...] = ()
+    history: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> Tensor:
@@ -146,12 +151,11 @@ class Trajectory:
 
 
 class Interrupted(Exception):
-    """A run stopped early; `trajectory` holds the clean estimates it had, `__cause__` why."""
+    """A run stopped early; `trajectory` holds what it had, `__cause__` why."""
 
-    def __init__(self, trajectory: Trajectory, cause: BaseException) -> None:
-        super().__init__(
-            f"stopped at step {trajectory.stopped_at} of {trajectory.levels.steps}: {str(cause) or 'interrupted'}"
-        )
+    def __init__(self, trajectory: Trajectory, cause: BaseException, where: str = "") -> None:
+        where = where or f"stopped at step {trajectory.stopped_at} of {trajectory.levels.steps}"
+        super().__init__(f"{where}: {str(cause) or 'interrupted'}")
         self.trajectory = trajectory
 
 
@@ -188,6 +192,8 @@ def rollout(
         ValueError: rows, prompts or steering do not fit together; raised before the network runs.
         Interrupted: Ctrl-C, or a reward that could judge nothing; carries what there was.
     """
+    if steering.outside:
+        raise ValueError(f"{steering} makes rollouts of its own: pass it to align.steer or samplers.run")
     if isinstance(noise, SeededNoise) and noise.shape is None:
         noise = SeededNoise(noise.seeds, policy.shape(policy.size), device=policy.device, stream=noise.stream)
     x = noise(0)
@@ -205,7 +211,7 @@ def rollout(
             building = grad(i, levels.steps)
             opened = opened or building
             with torch.set_grad_enabled(opened):
-                clean, x = _denoise(ctx, x, levels[i], building, guided=bool(steering.tilting(i / levels.steps)))
+                clean, x = _denoise(ctx, x, levels[i], building, guided=ctx.differentiates(i))
                 ctx.enter(i, x, clean)
                 if (ancestors := steering.select(ctx)) is not None:
                     ctx.take(ancestors)

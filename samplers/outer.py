@@ -1,0 +1,345 @@
+"""Methods that call the denoising loop from outside: noise optimisation, sampling in noise space, search.
+
+An `Outer` is a steering that does not act within a rollout but makes many: it proposes noise (or states), rolls them out,
+looks at the rewards, and goes on. Its K particles are K chains a prompt, and every row of the result is its chain's best sample
+so far (or its last, for methods that are samplers), so that the result is usable after every iteration: anytime. The first
+iterate of a chain is the plain sample of its seed, so that the result is never worse than no steering.
+
+A method is one generator, `iterations(problem, found)`: it offers what it finds and yields once an iterate. Budget, callbacks,
+Ctrl-C and bookkeeping are the driver's, `Outer.run`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rewards.base import Prompt, Reward, as_prompts
+
+from .budget import Budget
+from .kernels import Kernel
+from .ledger import Ledger
+from .levels import Levels
+from .noise import Noise, SeededNoise
+from .policy import Cond, Policy
+from .rollout import GradWindow, Interrupted, Trajectory, never, rollout
+from .steering import FREE, Context, RewardFailed, Steering
+
+__all__ = ["Found", "Iterate", "Outer", "Problem", "run"]
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """What a callback sees after every iterate of an outer method.
+
+    Attributes:
+        index: how many came before.
+        total: how many there will be at most.
+        rewards: (P, K) of this iterate's samples, NaN where there is no judgement.
+        best: (P, K) the best so far of every chain.
+        found: everything found so far.
+        ledger: what was spent so far.
+    """
+
+    index: int
+    total: int
+    rewards: Tensor
+    best: Tensor
+    found: Found
+    ledger: Ledger
+
+
+@dataclass
+class Problem:
+    """What is to be sampled: P prompts × K chains, flattened to B rows, one block a prompt.
+
+    Attributes:
+        cond: B rows.
+        noise: noise(0) … noise(T), each (B, …): the starting point.
+        prompts: B prompts.
+        budget: what may be spent, or None; a started iterate is finished.
+        batch: rows in flight at a time; the result does not depend on it.
+        watch: called at every step of every rollout.
+        seen: called after every iterate.
+        ledger: what was spent so far.
+        failures: samples a reward could not judge, by its name.
+    """
+
+    policy: Policy
+    kernel: Kernel
+    cond: Cond
+    levels: Levels
+    noise: Noise
+    particles: int = 1
+    prompts: Sequence[str | Prompt] = ()
+    budget: Budget | None = None
+    batch: int = 32
+    watch: Callable[[Context], None] | None = None
+    seen: Callable[[Iterate], None] | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        noise, policy = self.noise, self.policy
+        if isinstance(noise, SeededNoise) and noise.shape is None:
+            self.noise = SeededNoise(noise.seeds, policy.shape(policy.size), device=policy.device, stream=noise.stream)
+        rows = len(self.noise(0))
+        if self.particles < 1 or rows % self.particles:
+            raise ValueError(f"noise(0) has {rows} rows, which {self.particles} particles a prompt do not divide")
+        self.prompts = [p for p in as_prompts(list(self.prompts)) for _ in range(rows // max(len(self.prompts), 1))]
+        self.cond = self.cond if len(self.cond) == rows else self.cond.repeat(self.particles)
+        if len(self.cond) != rows or (self.prompts and len(self.prompts) != rows):
+            raise ValueError(
+                f"cond and prompts need one row a prompt ({rows // self.particles}) or one a sample ({rows}); got "
+                f"{len(self.cond)} and {len(self.prompts)}"
+            )
+        self.started = time.perf_counter()
+
+    @property
+    def rows(self) -> int:
+        """B, the number of chains."""
+        return len(self.cond)
+
+    @property
+    def spent(self) -> float:
+        """How much of the budget is gone, in its unit; 0 without one."""
+        if self.budget is None:
+            return 0.0
+        return self.budget.spent(self.ledger, time.perf_counter() - self.started)
+
+    def bank(self) -> list[Tensor]:
+        """The starting noises (B, …) on the policy's device: all T + 1, or the initial one alone if no step uses noise."""
+        last = self.levels.steps if self.kernel.diversifies(self.levels) else 0
+        return [self.noise(i).to(self.policy.device) for i in range(last + 1)]
+
+    def parts(self, rows: Tensor | None = None) -> list[Tensor]:
+        """Row indices, at most `batch` at a time."""
+        return list((torch.arange(self.rows) if rows is None else rows).split(self.batch))
+
+    def sample(
+        self,
+        noise: Noise | Sequence[Tensor],
+        rows: Tensor | None = None,
+        *,
+        grad: GradWindow = never,
+        start: int = 0,
+        stop: int | None = None,
+        kernel: Kernel | None = None,
+        watch: Callable[[Context], None] | None = None,
+    ) -> Trajectory:
+        """Rolls noise out in one batch, on the ledger.
+
+        Args:
+            noise: of the given rows; a sequence may leave out the noises of deterministic last steps.
+            rows: (R,) the row each sample belongs to; all of them in order by default.
+            grad: which steps build a graph.
+            start, stop: the steps to walk; noise(0) is then the state at level `start`.
+            kernel: instead of the problem's.
+        """
+        rows = torch.arange(self.rows) if rows is None else rows
+        levels = self.levels[slice(start, None if stop is None else stop + 1)]
+        kernel = (kernel or self.kernel).window(start, start + levels.steps)
+        given = noise if callable(noise) else _padded(noise, kernel, levels)
+        prompts = [self.prompts[i] for i in rows.tolist()] if self.prompts else []
+        trajectory = rollout(
+            self.policy, kernel, self.cond[rows], levels, given, prompts=prompts, grad=grad, watch=watch or self.watch
+        )
+        self.ledger.add(trajectory.ledger)
+        graded = sum(grad(i, levels.steps) for i in range(levels.steps)) if grad is not never else 0
+        self.ledger.counts["gradient"] += graded * len(rows) * (1 + self.cond.guided)
+        return trajectory
+
+    def judge(self, x0: Tensor, reward: Reward, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """((R,) rewards of clean samples, (R, …) their media), with a graph if x0 has one. NaN is counted."""
+        rows = torch.arange(self.rows) if rows is None else rows
+        prompts = [self.prompts[i] for i in rows.tolist()] if self.prompts else []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x0.requires_grad):
+            with self.ledger.spend("decode", len(x0), x0.device):
+                media = self.policy.decode(x0)
+            with self.ledger.spend("reward", len(x0), x0.device):
+                scores = reward(media, prompts)
+        failed = int(scores.isnan().sum())
+        if failed:
+            self.failures[reward.name] = self.failures.get(reward.name, 0) + failed
+        return scores, media.detach()
+
+
+class Found:
+    """What every chain has found: its best sample so far, and its latest.
+
+    Attributes:
+        reward, x0, media: (B,), (B, …), (B, …) of the best samples; reward is float64 on the CPU, −∞ where nothing was judged.
+        noise: the noises (B, …) that make the best samples, where the method offers them.
+        last: (rewards, x0, media) of the latest samples.
+        history: what happened, one entry an iterate: "reward" and "best", (B,) each, and what a method adds.
+    """
+
+    def __init__(self) -> None:
+        self.reward: Tensor | None = None
+        self.x0: Tensor
+        self.media: Tensor
+        self.noise: list[Tensor] = []
+        self.last: tuple[Tensor, Tensor, Tensor]
+        self.history: dict[str, list[Tensor]] = {}
+
+    def offer(self, rewards: Tensor, x0: Tensor, media: Tensor, noise: Sequence[Tensor] = ()) -> Tensor:
+        """Takes the samples (B, …) of an iterate, one a chain; returns (B,) which are their chains' best so far.
+
+        A sample that was not judged is kept only where the chain has nothing else.
+        """
+        value = rewards.detach().double().cpu()
+        x0, noise = x0.detach(), [n.detach() for n in noise]
+        known = value.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        if self.reward is None:
+            better = torch.ones_like(known, dtype=torch.bool)
+            self.reward, self.x0, self.media = known, x0.clone(), media.clone()
+            self.noise = [n.clone() for n in noise]
+        else:
+            better = known > self.reward
+            self.reward = torch.where(better, known, self.reward)
+            self.x0, self.media = _where(better, x0, self.x0), _where(better, media, self.media)
+            self.noise = [_where(better, new, old) for new, old in zip(noise, self.noise, strict=True)]
+        self.last = (value, x0, media)
+        self.note(reward=value, best=self.reward)
+        return better
+
+    def note(self, **values: Tensor) -> None:
+        """Adds to the history of this iterate."""
+        for name, value in values.items():
+            self.history.setdefault(name, []).append(value.detach().double().cpu())
+
+
+class Outer(Steering):
+    """A method that makes many rollouts; see the module docstring.
+
+    Attributes:
+        rounds: how many iterates it makes at most.
+        keeps: whether a chain's result is its best sample or its last (samplers).
+    """
+
+    outside = True
+    rounds: int
+    keeps: Literal["best", "last"] = "best"
+
+    @abstractmethod
+    def iterations(self, problem: Problem, found: Found) -> Generator[None]:
+        """Offers the samples of one iterate to `found`, then yields; the first ones are those of the problem's own noise."""
+
+    def run(self, problem: Problem) -> Trajectory:
+        """Iterates until the rounds or the budget are spent.
+
+        Raises:
+            ValueError: it cannot work on this problem; raised before the network runs.
+            Interrupted: Ctrl-C, or a reward that could judge nothing; carries the best so far.
+        """
+        self.check(self._context(problem))
+        found, work, done = Found(), None, 0
+        try:
+            work = self.iterations(problem, found)
+            before = 0.0
+            for _ in work:
+                done += 1
+                self._refuse_unjudged(problem, found)
+                if problem.seen is not None:
+                    problem.seen(self._iterate(problem, found, done))
+                spent = problem.spent
+                if problem.budget is not None and 2 * spent - before > problem.budget.amount:
+                    break  # one more iterate would not fit
+                before = spent
+        except (KeyboardInterrupt, RewardFailed, Interrupted) as stop:
+            cause = stop.__cause__ if isinstance(stop, Interrupted) and stop.__cause__ is not None else stop
+            partial = stop.trajectory if isinstance(stop, Interrupted) else None
+            if found.reward is None and (partial is None or len(partial.x0) != problem.rows):
+                raise cause from None
+            made = partial if found.reward is None else self._trajectory(problem, found, done)
+            assert made is not None
+            raise Interrupted(
+                made, cause, f"{type(self).__name__} stopped after {done} of {self.rounds} iterates"
+            ) from cause
+        finally:
+            if work is not None:
+                work.close()
+        return self._trajectory(problem, found, None)
+
+    def _iterate(self, problem: Problem, found: Found, done: int) -> Iterate:
+        assert found.reward is not None
+        latest, best = (v.reshape(-1, problem.particles) for v in (found.last[0], found.reward))
+        return Iterate(done - 1, self.rounds, latest, best, found, problem.ledger)
+
+    @staticmethod
+    def _refuse_unjudged(problem: Problem, found: Found) -> None:
+        assert found.reward is not None
+        if bool((found.reward.reshape(-1, problem.particles) == -torch.inf).all(1).any()):
+            raise RewardFailed("the reward could judge no sample of some prompt")
+
+    def _context(self, problem: Problem) -> Context:
+        how = (problem.policy, problem.kernel, problem.cond, problem.levels, problem.noise)
+        return Context(*how, problem.particles, problem.prompts, self)  # pyright: ignore
+
+    def _trajectory(self, problem: Problem, found: Found, stopped_at: int | None) -> Trajectory:
+        assert found.reward is not None
+        reward, x0, media = (found.reward, found.x0, found.media) if self.keeps == "best" else found.last
+        groups, table = problem.rows // problem.particles, (-1, problem.particles)
+        return Trajectory(
+            x0=x0,
+            levels=problem.levels,
+            cond=problem.cond,
+            latents=None,
+            log_prob=None,
+            stochastic=problem.kernel.stds(problem.levels) > 0,
+            log_w=torch.zeros(groups, problem.particles, dtype=torch.float64),
+            log_z=torch.full((groups,), torch.nan, dtype=torch.float64),
+            ess=torch.zeros(groups, 0, dtype=torch.float64),
+            ancestors=torch.zeros(groups, 0, problem.particles, dtype=torch.long),
+            selected_at=(),
+            rewards=reward.nan_to_num(-torch.inf, torch.inf, -torch.inf).reshape(table),
+            media=media,
+            failures=problem.failures,
+            ledger=problem.ledger,
+            stopped_at=stopped_at,
+            noise=tuple(found.noise),
+            history={name: torch.stack(rows).reshape(len(rows), *table) for name, rows in found.history.items()},
+        )
+
+
+def run(problem: Problem, steering: Steering = FREE) -> Trajectory:
+    """Samples a problem with any steering: within one rollout, or around many.
+
+    Raises:
+        ValueError: the steering does not fit the problem; raised before the network runs.
+        Interrupted: Ctrl-C, or a reward that could judge nothing; carries what there was.
+    """
+    if isinstance(steering, Outer):
+        return steering.run(problem)
+    return rollout(
+        problem.policy,
+        problem.kernel,
+        problem.cond,
+        problem.levels,
+        problem.noise,
+        particles=problem.particles,
+        prompts=problem.prompts,
+        steering=steering,
+        watch=problem.watch,
+    )
+
+
+def _padded(noises: Sequence[Tensor], kernel: Kernel, levels: Levels) -> Noise:
+    """noise(i) of a list; beyond it zeros, for steps that use none."""
+    if kernel.diversifies(levels, len(noises) - 1):
+        raise ValueError(f"{kernel} needs noise at every step: got {len(noises)} noises for {levels.steps} steps")
+
+    def noise(i: int) -> Tensor:
+        return noises[i] if i < len(noises) else torch.zeros_like(noises[0])
+
+    return noise
+
+
+def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(rows.to(new.device).reshape(-1, *[1] * (new.ndim - 1)), new, old)
