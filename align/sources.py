@@ -154,7 +154,8 @@ class Rollouts(Source):
     Args:
         prompts: texts, or .txt / .jsonl files of them; those of the model's own world, if it has one, by default.
         group: samples a prompt.
-        evidence: "steps" keeps whole trajectories, "clean" the final samples with `draws` noise draws each.
+        evidence: "steps" are single steps of trajectories, "paths" whole trajectories, "clean" the final samples with `draws`
+            noise draws each.
         updates: optimiser steps one epoch makes of a collection; batch × updates items are collected an iteration.
         epochs: passes over a collection.
         advantage: how rewards become advantages; see `advantages.advantages`. "running" is DDPO's per-prompt memory.
@@ -180,7 +181,7 @@ class Rollouts(Source):
         self,
         prompts: Sequence[str] | str = (),
         group: int = 4,
-        evidence: Literal["steps", "clean"] = "steps",
+        evidence: Literal["steps", "paths", "clean"] = "steps",
         updates: int = 1,
         epochs: int = 1,
         advantage: Advantage = "group",
@@ -210,7 +211,7 @@ class Rollouts(Source):
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be ≥ 1; got {value}")
-        words = {"evidence": (evidence, ("steps", "clean")), "advantage": (advantage, get_args(Advantage))}
+        words = {"evidence": (evidence, ("steps", "paths", "clean")), "advantage": (advantage, get_args(Advantage))}
         words |= {"pairs": (pairs, (None, "best_worst", "all", "list")), "t": (t, ("uniform", "logit_normal"))}
         for name, (word, known) in words.items():
             if word not in known:
@@ -219,10 +220,10 @@ class Rollouts(Source):
             raise ValueError(f"timestep_fraction must lie in (0, 1]; got {timestep_fraction}")
         if skip_last < 0 or not clip > 0:
             raise ValueError(f"skip_last must be ≥ 0 and clip > 0; got {skip_last} and {clip}")
-        if evidence == "steps" and (draws != 1 or t != "uniform" or guided):
+        if evidence != "clean" and (draws != 1 or t != "uniform" or guided):
             raise ValueError('draws, t and guided are for evidence="clean": steps are taken as they were sampled')
-        if evidence == "clean" and (timestep_fraction != 1 or skip_last):
-            raise ValueError('timestep_fraction and skip_last are for evidence="steps": clean samples have no steps')
+        if evidence != "steps" and (timestep_fraction != 1 or skip_last):
+            raise ValueError(f'timestep_fraction and skip_last are for evidence="steps"; got evidence="{evidence}"')
         if group == 1 and (pairs is not None or advantage not in ("none", "global", "running")):
             what = f"pairs={pairs!r}" if pairs is not None else f"advantage={advantage!r}"
             raise ValueError(f"{what} compares the samples of a prompt, so group must be ≥ 2; got 1")
@@ -234,9 +235,9 @@ class Rollouts(Source):
         self.drop_zero, self.draws, self.t, self.guided, self.speaker = drop_zero, draws, t, guided, speaker
         self.reward = reward
         self.statistics = PromptStatistics(buffer, least)
-        self.makes = Steps if evidence == "steps" else Noised
+        self.makes = {"steps": Steps, "paths": Paths, "clean": Noised}[evidence]
         self.members = {None: 1, "best_worst": 2, "all": 2, "list": group}[pairs]
-        self.columns = ("reward", "advantage", "quality", "group", "keep") + (("old",) if evidence == "steps" else ())
+        self.columns = ("reward", "advantage", "quality", "group", "keep") + (("old",) if evidence != "clean" else ())
         self._metrics: dict[str, float] = {}
 
     def groups(self, batch: int) -> int:
@@ -260,10 +261,10 @@ class Rollouts(Source):
             )
         run.world.share(self.groups(run.batch))
         run.world.share(run.batch)
-        if self.evidence == "steps" and not len(self.trained(run.sampling)):
+        if self.evidence != "clean" and not len(self.trained(run.sampling)):
             raise ValueError(
-                f"{run.sampling.kernel} leaves no stochastic step to train on: use a stochastic kernel such as DDIM(eta=1), "
-                "or fewer skip_last"
+                f"{run.sampling.kernel} with steps={run.sampling.levels.steps} leaves no stochastic step to train on: use a "
+                "stochastic kernel such as DDIM(eta=1), more steps (the last one of Consistency has no noise), or fewer skip_last"
             )
 
     def trained(self, sampling: Sampling) -> Tensor:
@@ -292,12 +293,12 @@ class Rollouts(Source):
             with run.policy.acting_as(self.speaker):
                 path = run.sampling.roll(
                     run.policy, prompts[part], seeds[part], starts=starts and starts[part],
-                    record="path" if self.evidence == "steps" else "final", watch=run.watch,
+                    record="final" if self.evidence == "clean" else "path", watch=run.watch,
                 )  # fmt: skip
             with torch.no_grad():
                 columns = {"reward": self.reward(run.policy.decode(path.x0), prompts[part]).cpu()}
             run.ledger.counts["decode"] += len(path.x0)
-            if self.evidence == "steps":
+            if self.evidence != "clean":
                 assert path.latents is not None and path.log_prob is not None
                 rows: Rows = Paths(path.latents, path.cond, run.sampling.kernel, run.sampling.levels)
                 columns["old"] = path.log_prob.detach()
@@ -361,7 +362,7 @@ class Rollouts(Source):
         return replace(batch[origin], rows=drawn)
 
     def choose(self, batch: Batch, seed: int) -> Batch:
-        return unfolded(batch, seed, self.timestep_fraction, self.skip_last)
+        return unfolded(batch, seed, self.timestep_fraction, self.skip_last) if self.evidence == "steps" else batch
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

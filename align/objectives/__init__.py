@@ -8,11 +8,12 @@ from .mapo import MaPO
 from .nft import DiffusionNFT
 from .pairwise import Pairwise
 from .policy_gradient import PolicyGradient
+from .rebel import Rebel
 from .seppo import SePPO
 from .unary import Unary
 from .weighted import Weighted
 
 __all__ = [
     "AdjointMatching", "Backprop", "DiffusionNFT", "DirectAlign", "MaPO", "Metrics", "Objective", "Pairwise",
-    "PolicyGradient", "SePPO", "Unary", "Weighted",
+    "PolicyGradient", "Rebel", "SePPO", "Unary", "Weighted",
 ]  # fmt: skip

@@ -60,7 +60,7 @@ class AdjointMatching(Objective):
     """
 
     source = "rollouts"
-    takes = (Paths, Steps)
+    takes = (Steps,)
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ import align.reports
 from align.checkpoints import never_saved
 from align.config import TrainConfig
 from align.feedback import Captions, Likes, Preferences
-from align.objectives import Backprop, MaPO, Objective, Pairwise, PolicyGradient, Unary, Weighted
+from align.objectives import Backprop, MaPO, Objective, Pairwise, PolicyGradient, Rebel, Unary, Weighted
 from align.objectives.adjoint_matching import AdjointMatching
 from align.objectives.direct_align import DirectAlign
 from align.objectives.nft import DiffusionNFT
@@ -143,6 +143,7 @@ CASES = {
     ),
     "PolicyGradient-moving": Case(lambda: PolicyGradient(clip=0.2), rolled(), moving),
     "PolicyGradient-clean": Case(lambda: PolicyGradient(clip=0.5), rolled(**CLEAN)),
+    "Rebel": Case(lambda: Rebel(), rolled(evidence="paths", pairs="all")),
     "Pairwise-steps": Case(lambda: Pairwise(beta=1.0), rolled(**PAIRED)),
     "Pairwise-clean": Case(lambda: Pairwise(beta=10.0), rolled(evidence="clean", pairs="all", group=3)),
     "Pairwise-list": Case(lambda: Pairwise(beta=10.0), rolled(evidence="clean", pairs="list", group=4)),

@@ -256,7 +256,7 @@ def test_values_out_of_range(how, said):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"evidence": "step"}, r"evidence must be one of steps, clean; got 'step'"),
+        ({"evidence": "step"}, r"evidence must be one of steps, paths, clean; got 'step'"),
         ({"advantage": "groups"}, r"advantage must be one of group, .*; got 'groups'"),
         ({"pairs": "best"}, r"pairs must be one of None, best_worst, all, list; got 'best'"),
         ({"t": "normal", "evidence": "clean"}, r"t must be one of uniform, logit_normal; got 'normal'"),

@@ -12,12 +12,12 @@ import torch
 
 from align import checkpoints
 from align.config import TrainConfig
-from align.objectives import Backprop, MaPO, Objective, PolicyGradient
+from align.objectives import Backprop, MaPO, Objective, PolicyGradient, Rebel
 from align.parsing import concrete
 from align.sources import Prompts, Rollouts
 from align.trainer import Trainer
 from rewards import Reward
-from samplers import ODE, RewardFailed
+from samplers import ODE, Consistency, RewardFailed
 from samplers.families.gaussian import GaussianPolicy
 from tests.align import runs
 from tests.align.runs import CASES, Blind, Clip, Near, config_of, trainer_of
@@ -327,9 +327,14 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(name, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_deterministic_kernels_have_nothing_to_train_on(tmp_path):
-    with pytest.raises(ValueError, match="leaves no stochastic step to train on"):
-        make(PolicyGradient(), Rollouts(["a"]), tmp_path / "run", Near(), kernel=ODE())
+@pytest.mark.parametrize("how", [{"kernel": ODE()}, {"kernel": Consistency(), "steps": 1}], ids=str)
+@pytest.mark.parametrize("parts", [
+    lambda: (PolicyGradient(), Rollouts(["a"])), lambda: (Rebel(), Rollouts(["a"], evidence="paths", pairs="all")),
+])  # fmt: skip
+def test_where_no_step_has_noise_there_is_nothing_to_train_on(parts, how, tmp_path):
+    """Deterministic kernels, and one-step sampling of consistency models."""
+    with pytest.raises(ValueError, match=r"leaves no stochastic step to train on: .* more steps"):
+        make(*parts(), tmp_path / "run", Near(), **how)
 
 
 def test_one_sample_has_no_group():

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from align.batches import Batch, Noised, Paths
 from align.evidence import evidence, law
 from align.objectives.policy_gradient import CHUNK, PolicyGradient, clipped
-from samplers import DDIM, ODE, DanceSDE, FlowSDE, SeededNoise, rollout
+from align.sources import Rollouts
+from samplers import DDIM, ODE, Consistency, DanceSDE, FlowSDE, NoiseBank, SeededNoise, rollout
 from samplers.rollout import always
 from tests.align.objectives.rows import F64, MEAN, assert_accumulates, gradient, noised, normal, paths, steps, trainable
 from tests.align.objectives.rows import shapes_of as elements
+from tests.align.runs import Near
 
 
 def advantaged(batch: Batch, seed: int = 5) -> Batch:
@@ -266,6 +269,42 @@ def test_one_step_converges_to_the_rewarded_mean():
         PolicyGradient(reduction="sum").loss(policy, batch)[0].backward()
         optimiser.step()
     assert float(policy.network.means.detach()) == pytest.approx(1.5, abs=0.1)
+
+
+@pytest.mark.parametrize("quadratic", [0.0, 0.7])
+@pytest.mark.parametrize("length", [2, 3])
+def test_multistep_consistency_in_closed_form(length, quadratic):
+    """RLCM with 1 and 2 trained steps: f(x_t) = K_t·x_t + (1 − α_t·K_t)·m is linear, so E[r] is known, and so is its slope.
+
+    The last, deterministic step is not trained: its own m is held. Expectations over the noise are sums over Gauss–Hermite nodes,
+    exact for these polynomials.
+    """
+    policy, kernel = trainable(0.0, torch.tensor([[0.4]], dtype=F64), stds=[0.8]), Consistency()
+    levels, r = policy.levels(length), lambda x: x - quadratic * (x - 1.0).square()
+    z, w = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(4))
+    nodes = torch.cartesian_prod(*[z] * length)[:, :, None]  # of the start and the noisy steps
+    weight = torch.cartesian_prod(*[w / w.sum()] * length).prod(1)
+    noises = [*nodes.unbind(1), torch.zeros_like(nodes[:, 0])]
+    cond = policy.encode(["a"] * len(nodes))
+    run = rollout(policy, kernel, cond, levels, NoiseBank(noises), record="path")
+    advantage = r(run.x0[:, 0]) * weight * len(weight) * (length - 1)
+    batch = Batch(Paths(run.latents, run.cond, kernel, levels), {"old": run.log_prob, "advantage": advantage})
+    source = Rollouts(["a"], group=2, reward=Near())
+    batch = source.choose(batch.having(item=torch.arange(len(batch))), seed=0)
+    assert len(batch) == len(nodes) * (length - 1)
+    loss, _ = PolicyGradient(reduction="sum").loss(policy, batch)
+
+    m = torch.tensor(0.4, dtype=F64, requires_grad=True)
+    mean, var = torch.zeros((), dtype=F64), torch.ones((), dtype=F64)
+    for i in range(length):
+        gain = levels.alpha[i] * 0.64 / (0.64 * levels.alpha[i] ** 2 + levels.sigma[i] ** 2)
+        shift = (1 - levels.alpha[i] * gain) * (m if i < length - 1 else m.detach())
+        mean, var = levels.alpha[i + 1] * (gain * mean + shift), (levels.alpha[i + 1] * gain) ** 2 * var
+        var = var + levels.sigma[i + 1] ** 2
+    expected = mean - quadratic * ((mean - 1.0).square() + var)
+    torch.testing.assert_close((weight * r(run.x0[:, 0])).sum(), expected.detach(), rtol=1e-10, atol=1e-12)
+    (slope,) = torch.autograd.grad(expected, m)
+    torch.testing.assert_close(-gradient(policy, loss)[0, 0], slope, rtol=1e-9, atol=1e-12)
 
 
 # Batches and mistakes
