@@ -1,7 +1,7 @@
 """Samplers: policies, kernels, the one denoising loop, and steering."""
 
 from .budget import Budget
-from .guidance import Guided
+from .guidance import Backward, Guided, TimeTravel
 from .kernels import CPS, DDIM, ODE, Consistency, DanceSDE, FlowSDE, Kernel, Unmask
 from .ledger import Ledger
 from .levels import Clean, Levels, Prediction, diffuse, to_clean
@@ -33,6 +33,7 @@ __all__ = [
     "FREE",
     "ODE",
     "SVDD",
+    "Backward",
     "BestOfN",
     "Budget",
     "Categorical",
@@ -65,6 +66,7 @@ __all__ = [
     "SeededNoise",
     "Size",
     "Steering",
+    "TimeTravel",
     "Trajectory",
     "Transition",
     "Unmask",

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Clean", "Levels", "Prediction", "diffuse", "to_clean"]
+__all__ = ["Clean", "Levels", "Prediction", "diffuse", "diffuse_again", "to_clean"]
 
 Prediction = Literal["eps", "v", "flow", "x0", "consistency", "logits"]
 
@@ -92,6 +92,13 @@ def diffuse(x0: Tensor, eps: Tensor, at: Levels) -> Tensor:
     """The forward process: α·x0 + σ·ε at one level, or at one level a row."""
     alpha, sigma = at.like(x0)
     return alpha * x0 + sigma * eps
+
+
+def diffuse_again(x: Tensor, eps: Tensor, now: Levels, to: Levels) -> Tensor:
+    """The forward process from one level on to a noisier one: (α_to/α_now)·x + sqrt(σ_to² − (α_to/α_now)²·σ_now²)·ε."""
+    keep = to.alpha / now.alpha
+    added = (to.sigma**2 - keep**2 * now.sigma**2).clamp(min=0).sqrt()
+    return spread(keep, x) * x + spread(added, x) * eps
 
 
 def to_clean(kind: Prediction, output: Tensor, x: Tensor, at: Levels) -> Clean:

@@ -1,8 +1,8 @@
 """The denoising loop: the only one in kilter.
 
 In order, for each step: denoise → `steering.select` (may permute rows) → kernel → `steering.propose` → sample with
-`noise(i + 1)` → round trip through the storage dtype → record. Steering, training, search and noise optimisation all call
-this function.
+`noise(i + 1)` → round trip through the storage dtype → record. Where `steering.repeats` asks for it, the new state is noised back
+and the step walked again before rows are selected. Steering, training, search and noise optimisation all call this function.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .levels import Clean, Levels, to_clean
 from .noise import Noise, SeededNoise
 from .policy import Cond, Policy
 from .steering import FREE, Context, RewardFailed, Steering
+from .transitions import Transition
 
 __all__ = [
     "GradWindow",
@@ -200,26 +201,19 @@ def rollout(
     x = x.to(policy.device, policy.dtype if x.is_floating_point() else x.dtype)
     ctx = _population(policy, kernel, cond, levels, noise, len(x), particles, as_prompts(list(prompts)), steering)
     ctx.enter(0, x, Clean(x, x))  # nothing is known yet
-    if grad is not never and any(steering.tilting(i / levels.steps) for i in range(levels.steps)):
-        raise ValueError(
-            f"{steering} needs gradients of its own, so it cannot steer a rollout that builds a training graph"
-        )
-    steering.check(ctx)
+    _check(ctx, grad, record)
     path, log_probs, opened = [x], [], False
     try:
         for i in range(levels.steps):
             building = grad(i, levels.steps)
             opened = opened or building
             with torch.set_grad_enabled(opened):
-                clean, x = _denoise(ctx, x, levels[i], building, guided=ctx.differentiates(i))
-                ctx.enter(i, x, clean)
-                if (ancestors := steering.select(ctx)) is not None:
-                    ctx.take(ancestors)
-                base = kernel(ctx.clean, ctx.x, levels, i)
-                law = steering.propose(ctx, base)
-                ctx.release()
+                for again in range(steering.repeats(i / levels.steps), 0, -1):
+                    law, _ = _step(ctx, x, i, building, select=False)
+                    x = ctx.noised_back(law.sample(ctx.side_noise(again, 1)).to(x.dtype), again)
+                law, base = _step(ctx, x, i, building)
                 x = law.sample(noise(i + 1)).to(x.dtype)
-                if law is not base:
+                if law is not base and steering.weighs:
                     ratio = base.log_ratio(law, x).detach()
                     ctx.log_ratio = ratio if ctx.log_ratio is None else ctx.log_ratio + ratio
                 if record == "path":
@@ -238,6 +232,18 @@ def rollout(
     return _trajectory(ctx, path if record == "path" else [], log_probs, None)
 
 
+def _step(ctx: Context, x: Tensor, i: int, building: bool, select: bool = True) -> tuple[Transition, Transition]:
+    """The laws of the next state, the steering's and the kernel's own."""
+    clean, x = _denoise(ctx, x, ctx.levels[i], building, guided=ctx.differentiates(i))
+    ctx.enter(i, x, clean)
+    if select and (ancestors := ctx.steering.select(ctx)) is not None:
+        ctx.take(ancestors)
+    base = ctx.kernel(ctx.clean, ctx.x, ctx.levels, i)
+    law = ctx.steering.propose(ctx, base)
+    ctx.release()
+    return law, base
+
+
 def _denoise(ctx: Context, x: Tensor, at: Levels, building: bool, guided: bool) -> tuple[Clean, Tensor]:
     """The clean estimate, and the state it is a function of: a fresh leaf if a steering will differentiate it."""
     policy, cond = ctx.policy, ctx.cond
@@ -254,6 +260,20 @@ def _denoise(ctx: Context, x: Tensor, at: Levels, building: bool, guided: bool) 
         with torch.no_grad():
             output = policy.output(x, at, cond)
         return to_clean(policy.prediction, output, x, at), x  # after a window, the graph goes on around the network
+
+
+def _check(ctx: Context, grad: GradWindow, record: Record) -> None:
+    steering, progress = ctx.steering, [i / ctx.levels.steps for i in range(ctx.levels.steps)]
+    if grad is not never and any(steering.tilting(done) for done in progress):
+        raise ValueError(
+            f"{steering} needs gradients of its own, so it cannot steer a rollout that builds a training graph"
+        )
+    if (grad is not never or record == "path") and any(steering.repeats(done) for done in progress):
+        raise ValueError(
+            f"{steering} walks steps more than once, which has no log-probability: it cannot steer a rollout that is recorded or "
+            "trained on"
+        )
+    steering.check(ctx)
 
 
 def _population(policy, kernel, cond, levels, noise, rows, particles, prompts, steering) -> Context:
@@ -295,7 +315,7 @@ def _trajectory(ctx: Context, path: list[Tensor], log_probs: list[Tensor], stopp
         selected_at=steps,
         rewards=ctx.rows.get("reward") if stopped_at is None else None,
         media=ctx.media if stopped_at is None else None,
-        failures=ctx.failures,
+        failures={name: n for name, count in ctx.failures.items() if (n := int(count))},
         ledger=ctx.ledger,
         stopped_at=stopped_at,
     )

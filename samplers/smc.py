@@ -32,13 +32,13 @@ from torch import Tensor
 from rewards.base import Reward
 
 from .resampling import UNBIASED, Scheme, ess, log_mean_exp, resample, temper
-from .steering import Context, RewardFailed, Steering
+from .steering import Context, RewardFailed, Schedule, Steering, scheduled
 from .values import Value
 
 __all__ = ["SVDD", "BestOfN", "CoDe", "FeynmanKac", "Potential", "Tempering"]
 
 Potential = Literal["difference", "max", "sum", "terminal"]
-Tempering = Literal["constant", "linear", "adaptive"]
+Tempering = Literal[Schedule, "adaptive"]
 
 
 class FeynmanKac(Steering):
@@ -56,8 +56,9 @@ class FeynmanKac(Steering):
         every: steps between events, ≥ 1.
         start, stop: the fraction of the run's steps, in [0, 1], within which events lie. The last weighting always happens,
             and there is no event after the last stochastic step, from which on copies of a particle would stay identical.
-        tempering: γ, the strength of intermediate potentials: "constant" 1, "linear" in steps, or "adaptive": the largest
-            value that keeps the effective sample size at the threshold, never decreasing.
+        tempering: γ, the strength of intermediate potentials: "constant" 1, "linear" in steps, "exp" (see `scheduled`), or
+            "adaptive": the largest value that keeps the effective sample size at the threshold, never decreasing.
+        full_at: the share of the run, in (0, 1], at which "linear" and "exp" reach γ = 1.
         draws: clean estimates averaged into an intermediate value; more than 1 looks ahead stochastically, which costs one
             network evaluation a draw.
         value: judges the noisy states of events in place of the reward of their clean estimates. The last weighting is always
@@ -80,7 +81,10 @@ class FeynmanKac(Steering):
         tempering: Tempering = "constant",
         draws: int = 1,
         value: Optional[Value] = None,
+        full_at: float = 1.0,
     ) -> None:
+        if not 0 < full_at <= 1:
+            raise ValueError(f"full_at is a share of the run in (0, 1]; got {full_at}")
         if not beta >= 0:
             raise ValueError(f"beta must be ≥ 0; got {beta}")
         if not 0 <= ess_threshold <= 1:
@@ -98,7 +102,13 @@ class FeynmanKac(Steering):
         self.reward, self.beta, self.potential = reward, beta, potential
         self.resampler: Scheme = resampler
         self.ess_threshold, self.every, self.start, self.stop = ess_threshold, every, start, stop
-        self.tempering, self.draws, self.value = tempering, draws, value
+        self.tempering: Tempering = tempering
+        self.draws, self.value = draws, value
+        self.full_at = full_at
+
+    @property
+    def weighs(self) -> bool:
+        return self.beta > 0
 
     def events(self, steps: int) -> list[int]:
         """The steps at whose start the population is weighed, before the last weighting at `steps`."""
@@ -195,10 +205,9 @@ class FeynmanKac(Steering):
         return step
 
     def _gamma(self, ctx: Context, log_w: Tensor, increment) -> Tensor:
-        if self.tempering == "constant":
-            return torch.ones(ctx.groups, 1, dtype=torch.float64)
-        if self.tempering == "linear":
-            return torch.full((ctx.groups, 1), (ctx.step + 1) / ctx.levels.steps, dtype=torch.float64)
+        if self.tempering != "adaptive":
+            gamma = scheduled(self.tempering, ctx.step, ctx.levels.steps, self.full_at)
+            return torch.full((ctx.groups, 1), gamma, dtype=torch.float64)
         floor = ctx.rows.get("gamma", torch.zeros_like(log_w))[:, 0]
         gamma = temper(log_w, increment, floor, max(1.0, self.ess_threshold * ctx.particles))
         ctx.rows["gamma"] = gamma.reshape(-1, 1).expand_as(log_w)

@@ -1,8 +1,8 @@
 """The `Steering` noun: what inference-time control does to the loop.
 
-A steering may do two things at a step: `select` (which rows go on: resampling) and `propose` (tilt the law of the next
-state). It holds only its configuration; all that changes during a run lives in the `Context`, whose per-row quantities
-follow their rows through every selection.
+A steering may do three things at a step: `select` (which rows go on: resampling), `propose` (tilt the law of the next
+state) and `repeats` (walk the step more than once). It holds only its configuration; all that changes during a run lives in
+the `Context`, whose per-row quantities follow their rows through every selection.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from rewards.base import Prompt, Reward
 
 from .kernels import DDIM, Kernel
 from .ledger import Ledger
-from .levels import Clean, Levels
+from .levels import Clean, Levels, diffuse_again
 from .noise import Noise, side_generator
 from .transitions import Categorical, Transition
 from .values import Value
@@ -27,7 +27,35 @@ from .values import Value
 if TYPE_CHECKING:
     from .policy import Cond, Policy
 
-__all__ = ["FREE", "Compose", "Context", "RewardFailed", "Steering"]
+__all__ = ["FREE", "Compose", "Context", "RewardFailed", "Schedule", "Steering", "Through", "Tilt", "scheduled"]
+
+Through = Literal["network", "x0"]
+Schedule = Literal["constant", "linear", "exp"]
+
+
+def scheduled(schedule: Schedule, step: int, steps: int, full_at: float = 1.0) -> float:
+    """γ in [0, 1], the share of a tilt that counts at a step; 1 from `full_at`, a share of the run in (0, 1], on.
+
+    "linear" grows evenly. "exp" is the (1 + k)^i − 1 of DAS (2501.05803) with the k that reaches 1 at `full_at`; its own k = 0.008
+    does so at step 87, whatever the number of steps.
+    """
+    if schedule == "constant":
+        return 1.0
+    done = min((step + 1) / (full_at * steps), 1.0)
+    return done if schedule == "linear" else 2.0**done - 1
+
+
+class Tilt(NamedTuple):
+    """A gradient that a steering will ask for.
+
+    Attributes:
+        judge: a reward, judging the clean estimate, or a value, judging the state.
+        through: "network" differentiates with respect to the state; "x0", for rewards, with respect to the clean estimate, which
+            needs no graph of the network.
+    """
+
+    judge: Reward | Value
+    through: Through = "network"
 
 
 class RewardFailed(RuntimeError):
@@ -47,7 +75,7 @@ class Context:
         rows: per-particle quantities (P, K) that a steering keeps between steps, on the CPU.
         media: the decoded final samples, once a reward has asked for them.
         ess, ancestors: one entry an event: (P,) and (step, (P, K)).
-        failures: samples each reward could not judge, by name.
+        failures: samples each reward could not judge, by name; numbers on the device become plain ones at the end.
     """
 
     def __init__(
@@ -70,14 +98,15 @@ class Context:
         self.rows: dict[str, Tensor] = {}
         self.ess: list[Tensor] = []
         self.ancestors: list[tuple[int, Tensor]] = []
-        self.failures: dict[str, int] = {}
+        self.failures: dict[str, int | Tensor] = {}
         self.ledger = Ledger()
         self.steering = steering
         self.x: Tensor
         self.clean: Clean
         self.media: Tensor | None = None
         self.log_ratio: Tensor | None = None
-        self._graph: tuple[Tensor, Tensor] | None = None
+        self._entered: tuple[Tensor, Tensor] | None = None
+        self._decoded: tuple[Tensor, Tensor] | None = None
         self._taken: Tensor | None = None
 
     @property
@@ -88,7 +117,7 @@ class Context:
     def enter(self, step: int, x: Tensor, clean: Clean) -> None:
         """Moves to a step; what was computed for the last one is dropped."""
         self.step, self._scores, self._gradients, self._taken = step, {}, {}, None
-        self._graph = (x, clean.x0) if x.is_leaf and x.requires_grad else None
+        self._entered, self._decoded = (x, clean.x0), None
         self.x, self.clean = x, clean
 
     def take(self, ancestors: Tensor) -> None:
@@ -108,23 +137,40 @@ class Context:
     def score(self, judge: Reward | Value) -> Tensor:
         """(B,) the reward of the clean estimate at this step, computed once; of the full decode at the final step.
 
-        Of a value, its estimate at the state itself. Where a steering tilts by the judge, its gradient with respect to x is
-        computed in the same pass.
+        Of a value, its estimate at the state itself. Where a steering tilts by the judge, its gradients are computed in the same
+        pass.
         """
         if id(judge) not in self._scores:
-            tilts = any(judge is j for j in self.tilting)
             if isinstance(judge, Value):
-                self._estimate(judge, tilts)
-            elif self._graph is not None and tilts:
-                self._score_and_gradient(judge)
+                self._estimate(judge)
+            elif any(isinstance(tilt.judge, Reward) for tilt in self.tilting):
+                self._judge(judge)
             else:
                 self._scores[id(judge)] = self.score_of(self.clean.x0, judge)
         return self._scores[id(judge)]
 
-    def gradient(self, judge: Reward | Value) -> Tensor:
-        """(B, …) gradient with respect to x: of the reward of the clean estimate, through decoder and network; of a value."""
+    def gradient(self, judge: Reward | Value, through: Through = "network") -> Tensor:
+        """(B, …) the gradient of `score`, which the steering's `tilting` must have announced; 0 for samples that have none.
+
+        Args:
+            judge: a reward or a value.
+            through: see `Tilt`.
+        """
         self.score(judge)
-        return self._gradients[id(judge)]
+        return self._usable(self._gradients[through, id(judge)], judge)
+
+    def slope(self, x0: Tensor, reward: Reward) -> Tensor:
+        """(B, …) the gradient of the reward with respect to given clean samples; 0 for samples that have none."""
+        with torch.enable_grad():
+            leaf = x0.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.score_of(leaf, reward).nansum(), leaf)
+        return self._usable(gradient, reward)
+
+    def _usable(self, gradient: Tensor, judge: Reward | Value) -> Tensor:
+        finite = gradient.flatten(1).isfinite().all(1)
+        name = f"gradient of {judge.name}"
+        self.failures[name] = self.failures.get(name, 0) + (~finite).sum()
+        return gradient.where(finite.reshape(-1, *[1] * (gradient.ndim - 1)), 0.0)
 
     def score_of(self, x0: Tensor, reward: Reward) -> Tensor:
         """(B,) the reward of given clean samples."""
@@ -138,51 +184,74 @@ class Context:
                 return reward(media, self.prompts)
 
     @property
-    def tilting(self) -> list[Reward | Value]:
-        """Rewards and values whose gradients the steering asks for at this step."""
+    def tilting(self) -> list[Tilt]:
+        """The gradients the steering asks for at this step."""
         return [] if self.final else self.steering.tilting(self.step / self.levels.steps)
 
     def differentiates(self, step: int) -> bool:
         """Whether the steering will differentiate a reward through the network call of this step."""
-        return any(isinstance(judge, Reward) for judge in self.steering.tilting(step / self.levels.steps))
+        tilts = self.steering.tilting(step / self.levels.steps)
+        return any(isinstance(tilt.judge, Reward) and tilt.through == "network" for tilt in tilts)
 
-    def _score_and_gradient(self, reward: Reward) -> None:
-        """Both from one pass over the step's graph, whose rows are in the order before this step's selection."""
-        assert self._graph is not None
-        x, x0 = self._graph
+    def _judge(self, reward: Reward) -> None:
+        """The reward of the estimate and its gradients in one pass; all rewards of a step share one decode.
+
+        Rows are in the order before this step's selection, as they are in the graph of the network.
+        """
+        assert self._entered is not None
+        (x, x0), found = self._entered, {}
+        through = [tilt.through for tilt in self.tilting if tilt.judge is reward]
         with torch.enable_grad():
-            scores = self.score_of(x0, reward)
-            with self.ledger.spend("gradient", len(x), x.device):
-                rewards = [judge for judge in self.tilting if isinstance(judge, Reward)]
-                more = sum(id(judge) in self._gradients for judge in rewards) + 1 < len(rewards)
-                (gradient,) = torch.autograd.grad(scores.nansum(), x, retain_graph=more)
-        scores = scores.detach()
-        if self._taken is not None:
-            scores, gradient = scores[self._taken], gradient[self._taken]
-        self._scores[id(reward)], self._gradients[id(reward)] = scores, gradient
+            if self._decoded is None:
+                with self.ledger.spend("decode", len(x0), x0.device):
+                    leaf = x0.detach().requires_grad_()
+                    self._decoded = leaf, self.policy.preview(leaf)
+            leaf, media = self._decoded
+            with self.ledger.spend("reward", len(x0), x0.device):
+                scores = reward(media if through else media.detach(), self.prompts)
+                if through:
+                    (found["x0"],) = torch.autograd.grad(scores.nansum(), leaf, retain_graph=True)
+            if "network" in through:
+                with self.ledger.spend("gradient", len(x), x.device):
+                    wanted = {
+                        id(t.judge) for t in self.tilting if isinstance(t.judge, Reward) and t.through == "network"
+                    }
+                    more = len(wanted - {judge for how, judge in self._gradients if how == "network"}) > 1
+                    (found["network"],) = torch.autograd.grad(x0, x, found["x0"], retain_graph=more)
+        rows = slice(None) if self._taken is None else self._taken
+        self._scores[id(reward)] = scores.detach()[rows]
+        self._gradients |= {(how, id(reward)): gradient[rows] for how, gradient in found.items()}
 
-    def _estimate(self, value: Value, tilts: bool) -> None:
+    def _estimate(self, value: Value) -> None:
         """A value at the state, and its gradient if that will be asked for: there is no graph but its own."""
+        tilts = any(tilt.judge is value for tilt in self.tilting)
         x = self.x.detach().requires_grad_(tilts)
         with torch.set_grad_enabled(tilts), self.ledger.spend("reward", len(x), x.device):
             scores = value(x, self.levels[self.step], self.cond, self.prompts)
             if tilts:
-                (self._gradients[id(value)],) = torch.autograd.grad(scores.nansum(), x)
+                (self._gradients["network", id(value)],) = torch.autograd.grad(scores.nansum(), x)
         self._scores[id(value)] = scores.detach()
 
     def release(self) -> None:
-        """Lets go of the step's graph once its rewards have been differentiated."""
-        if self._graph is not None:
-            self._graph = None
+        """Lets go of the step's graphs once its rewards have been differentiated."""
+        self._decoded = None
+        if self._entered is not None and self.differentiates(self.step):
             self.x = self.x.detach()
             self.clean = Clean(*(None if part is None else part.detach() for part in self.clean))  # pyright: ignore
+        self._entered = None
+
+    def noised_back(self, x: Tensor, again: int) -> Tensor:
+        """A state after this step, noised forward to the level before it; one draw for each `again`."""
+        return diffuse_again(x, self.side_noise(again, 0), self.levels[self.step + 1], self.levels[self.step]).to(
+            x.dtype
+        )
 
     def posterior_draw(self, draw: int) -> Tensor:
         """(B, …) an approximate draw from p(x0 | x_t): half of the remaining way stochastically, then one clean estimate.
 
         Tokens are drawn independently from their clean marginals, masked positions only.
         """
-        noise = self._side_noise(draw)
+        noise = self.side_noise(1 + draw)
         if self.clean.eps is None:
             guess = Categorical(self.clean.x0).sample(noise)
             return torch.where(self.x == self.clean.x0.shape[-1], guess, self.x)
@@ -195,9 +264,10 @@ class Context:
         with self.ledger.spend("network", len(x) * (1 + self.cond.guided), x.device):
             return self.policy.denoise(x, to, self.cond).x0
 
-    def _side_noise(self, draw: int) -> Tensor:
+    def side_noise(self, *keys: int) -> Tensor:
+        """(B, …) standard normal draws beside the noise of the run, a function of the row's seed, the step and the keys."""
         shape, device = self.clean.x0.shape[1:], self.x.device
-        generators = (side_generator(self.noise, row, self.step, 1 + draw) for row in range(len(self.x)))
+        generators = (side_generator(self.noise, row, self.step, *keys) for row in range(len(self.x)))
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     def generators(self) -> list[torch.Generator]:
@@ -206,10 +276,19 @@ class Context:
 
 
 class Steering(ABC):
-    """Inference-time control. The base class steers nothing."""
+    """Inference-time control. The base class steers nothing.
+
+    Attributes:
+        outside: whether it makes rollouts of its own, see `samplers.outer`.
+    """
 
     reward: Reward | None = None
-    outside: bool = False  # whether it makes rollouts of its own, see `samplers.outer`
+    outside: bool = False
+
+    @property
+    def weighs(self) -> bool:
+        """Whether its weights account for proposals by log p/q, which then need a density."""
+        return False
 
     def select(self, ctx: Context) -> Tensor | None:
         """Ancestors (P, K), indices within each group, or None to keep the population. Called at every step and once at T."""
@@ -222,9 +301,13 @@ class Steering(ABC):
     def check(self, ctx: Context) -> None:
         """Raises before any network runs if this steering cannot work in this run."""
 
-    def tilting(self, progress: float) -> list[Reward | Value]:
-        """Rewards and values whose gradients `propose` will ask for when this share of the steps, in [0, 1), is done."""
+    def tilting(self, progress: float) -> list[Tilt]:
+        """The gradients `propose` will ask for when this share of the steps, in [0, 1), is done."""
         return []
+
+    def repeats(self, progress: float) -> int:
+        """How often the next step is noised back and walked again when this share of the steps is done."""
+        return 0
 
     def rewards(self) -> list[Reward]:
         """Every reward this steering uses."""
@@ -269,6 +352,10 @@ class Compose(Steering):
                 f"Compose joins steerings within a rollout; {a if a.outside else b} makes rollouts of its own"
             )
 
+    @property
+    def weighs(self) -> bool:
+        return self.a.weighs or self.b.weighs
+
     def select(self, ctx: Context) -> Tensor | None:
         first, second = self.a.select(ctx), self.b.select(ctx)
         if first is not None and second is not None:
@@ -282,18 +369,15 @@ class Compose(Steering):
         self.a.check(ctx)
         self.b.check(ctx)
 
-    def tilting(self, progress: float) -> list[Reward | Value]:
-        return _distinct(self.a.tilting(progress) + self.b.tilting(progress))
+    def tilting(self, progress: float) -> list[Tilt]:
+        tilts = self.a.tilting(progress) + self.b.tilting(progress)
+        return list({(id(tilt.judge), tilt.through): tilt for tilt in tilts}.values())
+
+    def repeats(self, progress: float) -> int:
+        return max(self.a.repeats(progress), self.b.repeats(progress))
 
     def rewards(self) -> list[Reward]:
-        return _distinct(self.a.rewards() + self.b.rewards())
+        return list({id(reward): reward for reward in self.a.rewards() + self.b.rewards()}.values())
 
     def bind(self, reward: Reward | None) -> Steering:
         return Compose(self.a.bind(reward), self.b.bind(reward))
-
-
-Judge = TypeVar("Judge")
-
-
-def _distinct(judges: list[Judge]) -> list[Judge]:
-    return list({id(judge): judge for judge in judges}.values())

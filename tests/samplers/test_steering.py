@@ -20,6 +20,7 @@ from samplers import (
     rollout,
 )
 from samplers.families.gaussian import GaussianPolicy
+from samplers.steering import Tilt
 from tests.conftest import Linear, Quadratic
 
 STEPS, DIM = 6, 3
@@ -50,7 +51,7 @@ class Spy(Steering):
         self.reward, self.seen = reward, []
 
     def tilting(self, progress):
-        return [self.reward]
+        return [Tilt(self.reward)]
 
     def propose(self, ctx, base):
         self.seen.append((ctx.step, ctx.x.detach().clone(), ctx.gradient(self.reward).clone(), ctx.score(self.reward)))
