@@ -75,7 +75,7 @@ def measure(policy, reward, clip, prompts, steering, particles, seed) -> dict[st
         "ancestors": np.array([g["unique_ancestors"] for g in result.groups]),
         "pixel_spread": np.array([pixel_spread(torch.stack([s.pixels for s in p])) for p in populations]),
         "feature_spread": np.array([feature_spread(torch.stack([s.pixels for s in p]), clip) for p in populations]),
-        "nfe": spent["network_evaluations"] + 4 * spent["gradients"],  # both branches of guidance are differentiated
+        "nfe": spent["network_evaluations"] + 2 * spent["gradients"],
         "seconds": seconds,
     }
 

@@ -212,7 +212,7 @@ class Context:
                 if through:
                     (found["x0"],) = torch.autograd.grad(scores.nansum(), leaf, retain_graph=True)
             if "network" in through:
-                with self.ledger.spend("gradient", len(x), x.device):
+                with self.ledger.spend("gradient", len(x) * (1 + self.cond.guided), x.device):
                     wanted = {
                         id(t.judge) for t in self.tilting if isinstance(t.judge, Reward) and t.through == "network"
                     }
