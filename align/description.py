@@ -76,7 +76,8 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
     """How to make the policy again: from where it was loaded, or by its constructor."""
     if policy.source:
         dtype = str(policy.dtype).replace("torch.", "")
-        return {"model": policy.source, "adapter": policy.adapter or None, "dtype": dtype, "device": policy.device.type}
+        made = {"model": policy.source, "adapter": policy.adapter or None, "dtype": dtype, "device": policy.device.type}
+        return made | ({"student": policy.student} if policy.student else {})
     return describe(policy)
 
 
@@ -86,4 +87,4 @@ def build_policy(description: Mapping[str, Any]) -> Policy:
         return build(description)
     device = None if description["device"] == "cuda" else description["device"]
     how = {"dtype": description["dtype"], "device": device, "waiting": sharding.asked()}
-    return load_policy(description["model"], lora=description["adapter"], **how)
+    return load_policy(description["model"], lora=description["adapter"], student=description.get("student"), **how)

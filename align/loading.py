@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,9 +21,10 @@ from .adapters import WEIGHTS as ALL_WEIGHTS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["EMBEDDED", "best_device", "load_policy", "usable"]
+__all__ = ["EMBEDDED", "Student", "best_device", "load_policy", "usable"]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"
+Student = Literal["lcm", "trailing"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = (".safetensors", ".bin", ".msgpack")
 
@@ -32,6 +33,7 @@ def load_policy(
     model: str | Path = EMBEDDED,
     *,
     lora: str | Path | None = None,
+    student: Student | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     preview_vae: str | Path | None = None,
@@ -41,9 +43,13 @@ def load_policy(
 
     Args:
         model: a folder in the diffusers layout, or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The
-            default is the embedded model. A `generation_config.json` in the folder sets the defaults of `steps`
-            ("num_inference_steps") and `guidance` ("guidance_scale"), and may name the "world" whose detector is gold.
+            default is the embedded model, "tiny-sd"; "tiny-turbo" is its few-step student. A `generation_config.json` in the
+            folder sets the defaults of `steps` ("num_inference_steps") and `guidance` ("guidance_scale"), and may name the
+            "world" whose detector is gold.
         lora: LoRA weights in the diffusers format: a folder, a file or a hub id; or the folder of a run that trained all weights.
+        student: for few-step students that come as LoRA or as a network alone, over a many-step checkpoint's schedule: "lcm" for
+            latent consistency (LCM-LoRA), "trailing" for turbo, Hyper-SD and DMD students. Whole checkpoints of LCM and
+            SD-Turbo are recognised by their schedulers.
         device: where to run; a GPU (CUDA, then Apple's) if there is one.
         dtype: of the networks, as a torch dtype or its name; float32 on the CPU, float16 elsewhere.
         preview_vae: an `AutoencoderTiny` (folder or hub id) that decodes intermediate estimates.
@@ -53,10 +59,13 @@ def load_policy(
         FileNotFoundError: no such folder, or parts of it are missing.
         ValueError: a pipeline of a family kilter does not know, or a device that is not here.
     """
+    model = _embedded(model)
     model, lora, preview_vae = _expanded(model), lora and _expanded(lora), preview_vae and _expanded(preview_vae)
     config = _pipeline_config(model)
     if lora is not None and not Path(lora).exists() and not HUB_ID.fullmatch(str(lora)):
         raise FileNotFoundError(f"no LoRA {lora}: expected a folder or file here, or a hub id such as owner/name")
+    if student not in (None, "lcm", "trailing"):
+        raise ValueError(f"student must be lcm or trailing; got {student!r}")
     family = _family(config, model)
     device = usable(device or best_device())
     dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" else torch.float16)
@@ -71,6 +80,12 @@ def load_policy(
         whole = None if lora is None else Path(lora) / ALL_WEIGHTS
         if lora is not None and not (whole and whole.is_file()):
             pipe.load_lora_weights(lora)
+        if student is not None:
+            kind = diffusers.LCMScheduler if student == "lcm" else diffusers.EulerDiscreteScheduler
+            known = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
+            pipe.scheduler = kind.from_config(
+                known | ({"timestep_spacing": "trailing"} if student == "trailing" else {})
+            )
         tiny = None
         if preview_vae is not None:
             tiny = diffusers.AutoencoderTiny.from_pretrained(preview_vae, dtype=dtype)
@@ -84,7 +99,7 @@ def load_policy(
     policy.steps = int(defaults.get("num_inference_steps", policy.steps))
     policy.guidance = float(defaults.get("guidance_scale", policy.guidance))
     policy.source, policy.world = str(model), str(defaults.get("world", ""))
-    policy.adapter = "" if lora is None else str(lora)
+    policy.adapter, policy.student = "" if lora is None else str(lora), student or ""
     return policy
 
 
@@ -120,7 +135,7 @@ def _replace_weights(network: torch.nn.Module, file: Path) -> None:
 def _pipeline_config(model: str | Path) -> Mapping[str, Any]:
     """`model_index.json` of a complete folder or a hub id."""
     folder = Path(model)
-    if folder == EMBEDDED and not folder.is_dir():
+    if folder.parent == EMBEDDED.parent and not folder.is_dir():
         raise FileNotFoundError(
             f"no {folder}: the embedded model comes with a clone of the repository; pass another model"
         )
@@ -196,6 +211,12 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in known:
         raise ValueError(f"dtype must be one of {', '.join(known)}; got {dtype!r}")
     return known[dtype]
+
+
+def _embedded(model: str | Path) -> str | Path:
+    """The folder of an embedded model's name, unless a folder here has that name."""
+    named = EMBEDDED.parent / str(model)
+    return named if str(model) in ("tiny-sd", "tiny-turbo") and not Path(model).exists() else model
 
 
 def _expanded(path: str | Path) -> str | Path:

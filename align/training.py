@@ -69,7 +69,7 @@ def make_trainer(parser: Any, parse: Callable[[bool], Namespace]) -> Trainer:
     built = parser.instantiate(options)
     config = TrainConfig(**{name: built[name] for name in NAMES})
     how = {"device": options.device, "dtype": options.dtype, "waiting": sharding.asked()}
-    policy = load_policy(options.model, lora=options.adapter, **how)
+    policy = load_policy(options.model, lora=options.adapter, student=options.student, **how)
     return Trainer(policy, built.objective.bind(built.reward), built.source.bind(built.reward), config)
 
 

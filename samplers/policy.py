@@ -98,7 +98,8 @@ class Policy(Configurable, nn.Module, ABC):
         prediction: what it predicts.
         guidance, steps: what a run uses when it is not told otherwise.
         size: the native media size in pixels.
-        source, adapter: the folder or hub id it was loaded from, and that of its LoRA.
+        few_step: whether it is a student that makes whole samples in one to a few steps.
+        source, adapter, student: the folder or hub id it was loaded from, that of its LoRA, and the schedule it was told to take.
         modality: what it makes.
         world: the name of a procedural world whose exact detector can judge it, or "".
         checkpointing: what is recomputed in the backward pass of a rollout: whole network calls ("step"), the network's own
@@ -114,8 +115,10 @@ class Policy(Configurable, nn.Module, ABC):
     guidance: float = 1.0
     steps: int = 20
     size: Size = ()
+    few_step: bool = False
     source: str = ""
     adapter: str = ""
+    student: str = ""
     modality: Modality = "image"
     world: str = ""
     checkpointing: Checkpointing = "step"

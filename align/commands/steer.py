@@ -15,7 +15,7 @@ from samplers import Kernel, Steering
 
 from ..adapters import set_scale
 from ..description import describe
-from ..loading import EMBEDDED
+from ..loading import EMBEDDED, Student
 from ..parsing import FAILED, INTERRUPTED, Parser
 from ..prompts import read_prompts
 from ..results import Steered, prepare_folder
@@ -33,6 +33,7 @@ def parser() -> Parser:
     )
     options.add_argument("--model", type=str, default=str(EMBEDDED), help="folder or hub id of a diffusers pipeline")
     options.add_argument("--lora", type=Optional[str], help="LoRA weights: folder, file or hub id")
+    options.add_argument("--student", type=Optional[Student], help="schedule of a few-step LoRA over a plain checkpoint")
     options.add_argument(
         "--lora_scale", type=float, default=1.0, help="strength of the LoRA: 0 is the base, 1 as trained"
     )
@@ -88,9 +89,8 @@ def _sampled(parser: Parser, parsed: Namespace, options: Namespace, prompts: lis
     from .. import load_policy, steer
 
     built = parser.instantiate(parsed).steer
-    policy = load_policy(
-        options.model, lora=options.lora, device=options.device, dtype=options.dtype, preview_vae=options.preview_vae
-    )
+    how = {"device": options.device, "dtype": options.dtype, "preview_vae": options.preview_vae}
+    policy = load_policy(options.model, lora=options.lora, student=options.student, **how)
     if options.lora_scale != 1:
         set_scale(policy, options.lora_scale)
     return steer(

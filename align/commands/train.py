@@ -13,7 +13,7 @@ from rewards import Reward
 
 from .. import feedback  # noqa: F401 (its sources can be named)
 from ..config import TrainConfig
-from ..loading import EMBEDDED
+from ..loading import EMBEDDED, Student
 from ..objectives import Objective
 from ..parsing import FAILED, INTERRUPTED, Parser
 from ..sources import Source
@@ -27,6 +27,9 @@ def parser() -> Parser:
     options.add_argument("--config", action=ActionConfigFile, help="YAML with any of these options")
     options.add_argument("--resume", type=Optional[str], help="a run's folder: continue it, with its own configuration")
     options.add_argument("--model", type=str, default=str(EMBEDDED), help="folder or hub id of a diffusers pipeline")
+    options.add_argument(
+        "--student", type=Optional[Student], help="schedule of a few-step LoRA over a plain checkpoint"
+    )
     options.add_argument("--adapter", type=Optional[str], help="LoRA weights to go on from: folder, file or hub id")
     options.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …")
     options.add_argument(

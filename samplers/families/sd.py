@@ -64,9 +64,9 @@ class StableDiffusion(Policy):
         self.pipe, self.scheduler, self.preview_vae = pipe, pipe.scheduler, preview_vae
         self.prediction = "consistency" if self.lcm else PREDICTIONS[config.prediction_type]  # pyright: ignore
         turbo = "Euler" in type(pipe.scheduler).__name__ and config.get("timestep_spacing") == "trailing"
-        self.distilled = self.lcm or turbo
+        self.few_step = self.lcm or turbo
         embeds = pipe.unet.config.time_cond_proj_dim is not None
-        self.guidance, self.steps = (8.5 if embeds else 1.0, 4) if self.distilled else (7.5, 50)
+        self.guidance, self.steps = (8.5 if embeds else 1.0, 4) if self.few_step else (7.5, 50)
         side = pipe.unet.config.sample_size
         sides = side if isinstance(side, (list, tuple)) else (side, side)
         self.size = tuple(n * pipe.vae_scale_factor for n in sides)
@@ -75,7 +75,7 @@ class StableDiffusion(Policy):
 
     @property
     def kernel(self) -> Kernel:
-        return Consistency() if self.distilled else DDIM(eta=1.0)
+        return Consistency() if self.few_step else DDIM(eta=1.0)
 
     def encode(self, prompts: Sequence[str | Prompt]) -> Cond:
         prompts = as_prompts(prompts)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from align import load_policy
+from align.description import build_policy, describe_policy
 from samplers import ODE, SeededNoise, rollout
 from tests.conftest import build_pipeline
 
@@ -103,6 +104,27 @@ def test_distilled_students_get_their_own_defaults(tmp_path, scheduler, embeds, 
     build_pipeline(tmp_path, scheduler=scheduler, guidance_embedding=embeds).save_pretrained(tmp_path / "model")
     policy = load_policy(tmp_path / "model")
     assert (policy.guidance, policy.steps, type(policy.kernel).__name__) == defaults
+
+
+@pytest.mark.parametrize(("student", "levels"), [("lcm", [999, 759, 499, 259]), ("trailing", [999, 749, 499, 249])])
+def test_students_that_come_as_lora_take_the_schedule_they_are_told(tiny_folder, tmp_path, student, levels):
+    """LCM-LoRA and Hyper-SD over a plain checkpoint; the description makes the same policy again."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = build_pipeline(tmp_path)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipe.unet)
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    policy = load_policy(tiny_folder, lora=tmp_path / "lora", student=student, device="cpu")
+    for one in (policy, build_policy(describe_policy(policy))):
+        assert one.few_step
+        assert (one.guidance, one.steps, type(one.kernel).__name__) == (1.0, 4, "Consistency")
+        assert one.levels(4).t.tolist() == [*levels, 0]
+        assert one.prediction == ("consistency" if student == "lcm" else "eps")
+    assert not load_policy(tiny_folder).few_step
+    with pytest.raises(ValueError, match="lcm or trailing"):
+        load_policy(tiny_folder, student="turbo")
 
 
 def broken(folder, how):
