@@ -169,6 +169,18 @@ class Problem:
             self.failures[reward.name] = self.failures.get(reward.name, 0) + failed
         return scores, media.detach()
 
+    def rate(
+        self, noise: Sequence[Tensor], reward: Reward, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples and judges noises (R, …) of the given rows, `batch` at a time: (R,) rewards, (R, …) x0 and media; no graph."""
+        rows = torch.arange(self.rows) if rows is None else rows
+        rated = []
+        for part in torch.arange(len(rows)).split(self.batch):
+            x0 = self.sample([n[part] for n in noise], rows[part]).x0
+            rated.append((*self.judge(x0, reward, rows[part]), x0))
+        scores, media, x0 = (torch.cat(parts) for parts in zip(*rated, strict=True))
+        return scores, x0, media
+
 
 class Found:
     """What every chain has found: its best sample so far, and its latest.
@@ -203,8 +215,8 @@ class Found:
         else:
             better = known > self.reward
             self.reward = torch.where(better, known, self.reward)
-            self.x0, self.media = _where(better, x0, self.x0), _where(better, media, self.media)
-            self.noise = [_where(better, new, old) for new, old in zip(noise, self.noise, strict=True)]
+            self.x0, self.media = where_rows(better, x0, self.x0), where_rows(better, media, self.media)
+            self.noise = [where_rows(better, new, old) for new, old in zip(noise, self.noise, strict=True)]
         self.last = (value, x0, media)
         self.note(reward=value, best=self.reward)
         return better
@@ -228,8 +240,11 @@ class Outer(Steering):
     keeps: Literal["best", "last"] = "best"
 
     @abstractmethod
-    def iterations(self, problem: Problem, found: Found) -> Generator[None]:
-        """Offers the samples of one iterate to `found`, then yields; the first ones are those of the problem's own noise."""
+    def iterations(self, problem: Problem, found: Found) -> Generator[float | None]:
+        """Offers the samples of one iterate to `found`, then yields; the first ones are those of the problem's own noise.
+
+        Yields how many times as much the next iterate will cost, where it will not cost the same.
+        """
 
     def run(self, problem: Problem) -> Trajectory:
         """Iterates until the rounds or the budget are spent.
@@ -243,13 +258,14 @@ class Outer(Steering):
         try:
             work = self.iterations(problem, found)
             before = 0.0
-            for _ in work:
+            for growth in work:
                 done += 1
                 self._refuse_unjudged(problem, found)
                 if problem.seen is not None:
                     problem.seen(self._iterate(problem, found, done))
                 spent = problem.spent
-                if problem.budget is not None and 2 * spent - before > problem.budget.amount:
+                expected = (spent - before) * (1.0 if growth is None else growth)
+                if problem.budget is not None and spent + expected > problem.budget.amount:
                     break  # one more iterate would not fit
                 before = spent
         except (KeyboardInterrupt, RewardFailed, Interrupted) as stop:
@@ -341,5 +357,6 @@ def _padded(noises: Sequence[Tensor], kernel: Kernel, levels: Levels) -> Noise:
     return noise
 
 
-def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` where the mask (B,) is true, else `old`, row by row."""
     return torch.where(rows.to(new.device).reshape(-1, *[1] * (new.ndim - 1)), new, old)

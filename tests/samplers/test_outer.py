@@ -36,14 +36,8 @@ class Redraw(Outer):
         for i in range(self.rounds):
             fresh = SeededNoise(problem.noise.seeds, problem.noise.shape, stream=i)
             noise = problem.bank() if i == 0 else [fresh(j) for j in range(problem.levels.steps + 1)]
-            parts = [problem.sample([n[rows] for n in noise], rows) for rows in problem.parts()]
-            x0 = torch.cat([part.x0 for part in parts])
-            found.offer(*self._judged(problem, x0), noise)
+            found.offer(*problem.rate(noise, self._need_reward()), noise)
             yield
-
-    def _judged(self, problem, x0):
-        scores, media = problem.judge(x0, self._need_reward())
-        return scores, x0, media
 
 
 class Last(Redraw):
@@ -94,6 +88,22 @@ def test_a_budget_is_kept(budget, iterates):
     found = run(problem(budget=budget), Redraw(Linear(), rounds=9))
     assert len(found.history["reward"]) == iterates
     assert found.stopped_at is None
+
+
+class Doubling(Redraw):
+    """Costs twice as much every iterate, and says so."""
+
+    def iterations(self, problem, found):
+        for i in range(self.rounds):
+            for _ in range(2**i):
+                rated = problem.rate(problem.bank(), self._need_reward())
+            found.offer(*rated)
+            yield 2
+
+
+def test_a_growing_method_keeps_its_budget():
+    found = run(problem(budget=Budget(7 * 16 - 1, "nfe")), Doubling(Linear(), rounds=9))
+    assert found.ledger.evaluations == 3 * 16
 
 
 def test_the_ledger_counts_differentiated_evaluations():
