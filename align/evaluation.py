@@ -37,7 +37,8 @@ class Evaluation:
 
     Attributes:
         scores: (N,) of each reward, by name, NaN where not judged; prompt by prompt, sample by sample.
-        kl: nats a sample between the paths of the policy and the reference; NaN where the kernel has no density.
+        kl: nats a sample between the paths of the policy and the reference; NaN where the kernel has no density
+            or the paths differ in their start.
         diversity: root mean square pixel distance between samples of one prompt, averaged over prompts; NaN with one sample.
         media: (N, …) on the CPU.
     """
@@ -113,7 +114,7 @@ class Evaluator:
         The steps take turns over all rows, for a few of them make up most of the sum.
         """
         noisy = (self.sampling.kernel.stds(self.sampling.levels) > 0).nonzero().flatten()
-        if not len(noisy):
+        if not len(noisy) or self.sampling.shifted:
             return torch.full((len(batch),), math.nan)
         turns = torch.randperm(len(noisy), generator=torch.Generator().manual_seed(mix(self.seed, 7)))
         rows = batch.steps(noisy[turns[torch.tensor(places) % len(noisy)]][:, None]).rows

@@ -9,6 +9,7 @@ import torch
 
 from rewards import Prompt
 from samplers import Cond, Context, Kernel, Levels, Policy, SeededNoise, Size, Trajectory, rollout
+from samplers.hypernoise import shifted_noise
 from samplers.noise import mix
 from samplers.rollout import GradWindow, Record, never
 
@@ -32,14 +33,21 @@ class SharedStart(SeededNoise):
 
 @dataclass(frozen=True)
 class Sampling:
-    """What rollouts of a run have in common."""
+    """What rollouts of a run have in common.
+
+    Attributes:
+        kernel, levels, shape, guidance, size: how the policy samples.
+        rows: sampled at a time.
+        shifted: whether the weights that speak move the initial noise of the reference, instead of being what samples.
+    """
 
     kernel: Kernel
     levels: Levels
     shape: tuple[int, ...]
     guidance: float
     size: Size
-    rows: int = 64  # sampled at a time
+    rows: int = 64
+    shifted: bool = False
 
     @classmethod
     def of(
@@ -81,9 +89,12 @@ class Sampling:
         watch: Callable[[Context], None] | None = None,
     ) -> Trajectory:
         """One trajectory a prompt and seed."""
-        noise = self.noise(policy, seeds, starts)
+        cond, noise = self.cond(policy, prompts), self.noise(policy, seeds, starts)
+        if self.shifted:
+            noise = shifted_noise(policy, noise, self.levels, cond)
         how = {"prompts": prompts, "grad": grad, "record": record, "watch": watch}
-        return rollout(policy, self.kernel, self.cond(policy, prompts), self.levels, noise, **how)
+        with policy.acting_as("reference" if self.shifted else "policy"):
+            return rollout(policy, self.kernel, cond, self.levels, noise, **how)
 
 
 def seed_of(seed: int, *keys: int) -> int:

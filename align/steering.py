@@ -189,7 +189,8 @@ class _Run:
         how = {"particles": self.particles, "prompts": prompts, "batch": self.batch}
         how |= {"seen": tick[1]} if isinstance(steering, Outer) else {"watch": tick[0]}
         try:
-            trajectory = run_problem(Problem(self.policy, self.kernel, cond, self.levels, noise, **how), steering)
+            with self.policy.acting_as(self.steering.plain if arm == PLAIN else "policy"):
+                trajectory = run_problem(Problem(self.policy, self.kernel, cond, self.levels, noise, **how), steering)
         except Interrupted as stop:
             self._collect(result, stop.trajectory, prompts, first, arm)
             raise

@@ -89,7 +89,7 @@ class Trainer:
         self.evaluator = Evaluator(
             prompts, config.eval_samples,
             panel_of([None if reward is None or reward.compares else reward, *config.panel], gold_of(policy, prompts)),
-            self.sampling, mix(config.seed, 5),
+            replace(self.sampling, shifted=self.objective.shifts), mix(config.seed, 5),
         )  # fmt: skip
         self.optimised = next((n for n, r in self.evaluator.panel.items() if r is reward), None)
         self.judge = held_out(self.optimised, list(self.evaluator.panel))

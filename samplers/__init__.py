@@ -2,12 +2,14 @@
 
 from .budget import Budget
 from .guidance import Backward, Guided, TimeTravel
+from .hypernoise import ShiftedNoise
 from .kernels import CPS, DDIM, ODE, Consistency, DanceSDE, FlowSDE, Kernel, Unmask
 from .ledger import Ledger
 from .levels import Clean, Levels, Prediction, diffuse, to_clean
 from .noise import Noise, NoiseBank, SeededNoise
 from .outer import Found, Iterate, Outer, Problem, run
 from .policy import Cond, Policy, Size
+from .price import Price, price
 from .resampling import Scheme
 from .rollout import (
     GradWindow,
@@ -60,10 +62,12 @@ __all__ = [
     "Outer",
     "Policy",
     "Prediction",
+    "Price",
     "Problem",
     "RewardFailed",
     "Scheme",
     "SeededNoise",
+    "ShiftedNoise",
     "Size",
     "Steering",
     "TimeTravel",
@@ -76,6 +80,7 @@ __all__ = [
     "last",
     "never",
     "only",
+    "price",
     "random_truncation",
     "rollout",
     "run",

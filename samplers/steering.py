@@ -280,10 +280,12 @@ class Steering(ABC):
 
     Attributes:
         outside: whether it makes rollouts of its own, see `samplers.outer`.
+        plain: whose weights sample where nothing is steered; see `Policy.acting_as`.
     """
 
     reward: Reward | None = None
     outside: bool = False
+    plain: str = "policy"
 
     @property
     def weighs(self) -> bool:

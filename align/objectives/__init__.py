@@ -4,6 +4,7 @@ from .adjoint_matching import AdjointMatching
 from .backprop import Backprop
 from .base import Metrics, Objective
 from .direct_align import DirectAlign
+from .hypernoise import HyperNoise
 from .mapo import MaPO
 from .nft import DiffusionNFT
 from .pairwise import Pairwise
@@ -14,6 +15,6 @@ from .unary import Unary
 from .weighted import Weighted
 
 __all__ = [
-    "AdjointMatching", "Backprop", "DiffusionNFT", "DirectAlign", "MaPO", "Metrics", "Objective", "Pairwise",
-    "PolicyGradient", "Rebel", "SePPO", "Unary", "Weighted",
+    "AdjointMatching", "Backprop", "DiffusionNFT", "DirectAlign", "HyperNoise", "MaPO", "Metrics", "Objective",
+    "Pairwise", "PolicyGradient", "Rebel", "SePPO", "Unary", "Weighted",
 ]  # fmt: skip

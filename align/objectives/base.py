@@ -40,6 +40,7 @@ class Objective(Configurable, ABC):
         members: rows an item must have; 0 for any number above one.
         reward: what is optimised, for the objectives that ask a reward themselves.
         remembers: earlier weights it keeps from the start, by the names under which they may speak for a source.
+        shifts: whether what it trains moves the initial noise of the reference, instead of being what samples.
     """
 
     source: Literal["prompts", "rollouts", "data"]
@@ -48,6 +49,7 @@ class Objective(Configurable, ABC):
     members: int = 1
     reward: Reward | None = None
     remembers: tuple[str, ...] = ()
+    shifts: bool = False
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Metrics]:

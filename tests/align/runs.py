@@ -17,7 +17,7 @@ import align.reports
 from align.checkpoints import never_saved
 from align.config import TrainConfig
 from align.feedback import Captions, Likes, Preferences
-from align.objectives import Backprop, MaPO, Objective, Pairwise, PolicyGradient, Rebel, Unary, Weighted
+from align.objectives import Backprop, HyperNoise, MaPO, Objective, Pairwise, PolicyGradient, Rebel, Unary, Weighted
 from align.objectives.adjoint_matching import AdjointMatching
 from align.objectives.direct_align import DirectAlign
 from align.objectives.nft import DiffusionNFT
@@ -155,6 +155,7 @@ CASES = {
     "Weighted-none": Case(lambda: Weighted("none"), given(Captions, "captions")),
     "Backprop": Case(lambda: Backprop(k=2, kl_weight=0.1), lambda data: Prompts(PROMPTS)),
     "Backprop-random": Case(lambda: Backprop("random", low=1, high=3), lambda data: Prompts(PROMPTS)),
+    "HyperNoise": Case(lambda: HyperNoise(0.1), lambda data: Prompts(PROMPTS)),
     "AdjointMatching": Case(lambda: AdjointMatching(scale=1.0), rolled(advantage="none")),
     "DiffusionNFT": Case(lambda: DiffusionNFT(every=4), rolled(**CLEAN, speaker="old")),
     "DirectAlign": Case(lambda: DirectAlign(scale=0.1), lambda data: Prompts(PROMPTS), Worded),
