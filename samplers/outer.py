@@ -26,9 +26,9 @@ from .budget import Budget
 from .kernels import Kernel
 from .ledger import Ledger
 from .levels import Levels
-from .noise import Noise, SeededNoise
+from .noise import Noise, SeededNoise, side_generator
 from .policy import Cond, Policy
-from .rollout import GradWindow, Interrupted, Trajectory, never, rollout
+from .rollout import GradWindow, Interrupted, Record, Trajectory, never, rollout
 from .steering import FREE, Context, RewardFailed, Steering
 
 __all__ = ["Found", "Iterate", "Outer", "Problem", "run"]
@@ -118,6 +118,23 @@ class Problem:
         last = self.levels.steps if self.kernel.diversifies(self.levels) else 0
         return [self.noise(i).to(self.policy.device) for i in range(last + 1)]
 
+    def noise_of(self, rows: Tensor, stream: int = 0) -> Noise:
+        """The noise of some rows: their own (stream 0), or more like it, independent of it and of all other streams."""
+        noise = self.noise
+        if isinstance(noise, SeededNoise):
+            seeds = [noise.seeds[row] for row in rows.tolist()]
+            how = {"device": noise.device, "dtype": noise.dtype, "stream": noise.stream + stream}
+            return SeededNoise(seeds, noise.shape, **how)
+
+        def draw(i: int) -> Tensor:
+            own = noise(i)[rows]
+            if stream == 0 or not own.is_floating_point():  # tokens start fully masked, always
+                return own
+            generators = [side_generator(noise, row, stream, i) for row in rows.tolist()]
+            return torch.stack([torch.randn(own.shape[1:], generator=g) for g in generators]).to(own)
+
+        return draw
+
     def parts(self, rows: Tensor | None = None) -> list[Tensor]:
         """Row indices, at most `batch` at a time."""
         return list((torch.arange(self.rows) if rows is None else rows).split(self.batch))
@@ -131,6 +148,7 @@ class Problem:
         start: int = 0,
         stop: int | None = None,
         kernel: Kernel | None = None,
+        record: Record = "final",
         watch: Callable[[Context], None] | None = None,
     ) -> Trajectory:
         """Rolls noise out in one batch, on the ledger.
@@ -141,15 +159,15 @@ class Problem:
             grad: which steps build a graph.
             start, stop: the steps to walk; noise(0) is then the state at level `start`.
             kernel: instead of the problem's.
+            record: "path" keeps every state.
         """
         rows = torch.arange(self.rows) if rows is None else rows
         levels = self.levels[slice(start, None if stop is None else stop + 1)]
         kernel = (kernel or self.kernel).window(start, start + levels.steps)
         given = noise if callable(noise) else _padded(noise, kernel, levels)
         prompts = [self.prompts[i] for i in rows.tolist()] if self.prompts else []
-        trajectory = rollout(
-            self.policy, kernel, self.cond[rows], levels, given, prompts=prompts, grad=grad, watch=watch or self.watch
-        )
+        how = {"prompts": prompts, "grad": grad, "record": record, "watch": watch or self.watch}
+        trajectory = rollout(self.policy, kernel, self.cond[rows], levels, given, **how)
         self.ledger.add(trajectory.ledger)
         graded = sum(grad(i, levels.steps) for i in range(levels.steps)) if grad is not never else 0
         self.ledger.counts["gradient"] += graded * len(rows) * (1 + self.cond.guided)
@@ -188,7 +206,8 @@ class Found:
     Attributes:
         reward, x0, media: (B,), (B, …), (B, …) of the best samples; reward is float64 on the CPU, −∞ where nothing was judged.
         noise: the noises (B, …) that make the best samples, where the method offers them.
-        last: (rewards, x0, media) of the latest samples.
+        last: (rewards, x0, media) of the latest samples; media None where they are not at hand.
+        log_z: (P,) log evidence, where the method estimates it.
         history: what happened, one entry an iterate: "reward" and "best", (B,) each, and what a method adds.
     """
 
@@ -197,7 +216,8 @@ class Found:
         self.x0: Tensor
         self.media: Tensor
         self.noise: list[Tensor] = []
-        self.last: tuple[Tensor, Tensor, Tensor]
+        self.last: tuple[Tensor, Tensor, Tensor | None]
+        self.log_z: Tensor | None = None
         self.history: dict[str, list[Tensor]] = {}
 
     def offer(self, rewards: Tensor, x0: Tensor, media: Tensor, noise: Sequence[Tensor] = ()) -> Tensor:
@@ -302,6 +322,7 @@ class Outer(Steering):
         assert found.reward is not None
         reward, x0, media = (found.reward, found.x0, found.media) if self.keeps == "best" else found.last
         groups, table = problem.rows // problem.particles, (-1, problem.particles)
+        unknown = torch.full((groups,), torch.nan, dtype=torch.float64)
         return Trajectory(
             x0=x0,
             levels=problem.levels,
@@ -310,7 +331,7 @@ class Outer(Steering):
             log_prob=None,
             stochastic=problem.kernel.stds(problem.levels) > 0,
             log_w=torch.zeros(groups, problem.particles, dtype=torch.float64),
-            log_z=torch.full((groups,), torch.nan, dtype=torch.float64),
+            log_z=unknown if found.log_z is None else found.log_z,
             ess=torch.zeros(groups, 0, dtype=torch.float64),
             ancestors=torch.zeros(groups, 0, problem.particles, dtype=torch.long),
             selected_at=(),
