@@ -309,7 +309,7 @@ class SVDD(FeynmanKac):
         super().__init__(reward, beta, resampler="single", ess_threshold=1.0, **how)
         if children is not None and children < 1:
             raise ValueError(f"children must be ≥ 1; got {children}")
-        self.children = children
+        self.children, self.least = children, children or 1
 
     def family(self, particles: int) -> int:
         return self.children or particles

@@ -8,6 +8,7 @@ the `Context`, whose per-row quantities follow their rows through every selectio
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -285,6 +286,7 @@ class Steering(ABC):
 
     reward: Reward | None = None
     outside: bool = False
+    least: int = 1  # how many particles belong together: a prompt has a multiple of them
     plain: str = "policy"
 
     @property
@@ -348,7 +350,7 @@ class Compose(Steering):
     """
 
     def __init__(self, a: Steering, b: Steering) -> None:
-        self.a, self.b = a, b
+        self.a, self.b, self.least = a, b, math.lcm(a.least, b.least)
         if a.outside or b.outside:
             raise ValueError(
                 f"Compose joins steerings within a rollout; {a if a.outside else b} makes rollouts of its own"

@@ -23,24 +23,24 @@ class Expensive(Linear):
 
 
 STEERINGS = {
-    "best": (BestOfN, 1),
-    "fk": (lambda r: FeynmanKac(r, every=2, start=0.2), 1),
-    "look ahead": (lambda r: FeynmanKac(r, draws=2), 1),
-    "value": (lambda r: FeynmanKac(r, value=Half()), 1),
-    "guided": (lambda r: Compose(Guided(r, stop=0.5), FeynmanKac(r)), 1),
-    "guided cheaply": (lambda r: Guided(r, through="x0"), 1),
-    "families": (lambda r: SVDD(r, children=2), 2),
-    "outer": (lambda r: Redraw(r, rounds=4), 1),
+    "best": BestOfN,
+    "fk": lambda r: FeynmanKac(r, every=2, start=0.2),
+    "look ahead": lambda r: FeynmanKac(r, draws=2),
+    "value": lambda r: FeynmanKac(r, value=Half()),
+    "guided": lambda r: Compose(Guided(r, stop=0.5), FeynmanKac(r)),
+    "guided cheaply": lambda r: Guided(r, through="x0"),
+    "families": lambda r: SVDD(r, children=2),
+    "outer": lambda r: Redraw(r, rounds=4),
 }
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 @pytest.mark.parametrize("name", STEERINGS)
 def test_the_dry_run_counts_what_the_run_spends(name, prediction):
-    make, least = STEERINGS[name]
+    make = STEERINGS[name]
     policy = GaussianPolicy([[0.5, 0.5]], [0.8], prediction=prediction)
     levels, kernel, cond = policy.levels(STEPS, ()), DDIM(1.0), policy.encode(["a", "b"])
-    asked = price(make(Expensive()), policy, kernel, levels, cond, least, (2,))
+    asked = price(make(Expensive()), policy, kernel, levels, cond, make(Linear()).least, (2,))
     problem = Problem(policy, kernel, cond, levels, SeededNoise(range(8), (2,)), particles=4, prompts=["a", "b"])
     spent = run(problem, make(Linear())).ledger.counts
     assert {on: 2 * n for on, n in asked.of(4, asked.rounds).items()} == spent
