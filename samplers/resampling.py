@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["UNBIASED", "Degenerate", "Scheme", "ess", "log_mean_exp", "normalise", "offspring"]
-__all__ += ["place", "resample", "temper"]
+__all__ += ["place", "resample", "soft_mean", "temper"]
 
 Scheme = Literal["multinomial", "stratified", "systematic", "residual", "ssp", "killing", "single", "argmax", "none"]
 UNBIASED: frozenset[str] = frozenset(get_args(Scheme)) - {"argmax", "none"}
@@ -55,6 +55,15 @@ class Degenerate(ValueError):
 def log_mean_exp(log_w: Tensor) -> Tensor:
     """What a resampling adds to log_z: log (1/K) Σ exp(log_w), (P,) float64; -inf where no particle lives."""
     return _checked(log_w).logsumexp(dim=1) - math.log(log_w.shape[1])
+
+
+def soft_mean(values: Tensor, beta: float) -> Tensor:
+    """β·log mean exp(v/β) over the first axis: the soft value of draws. Their maximum at β = 0, their mean at infinity."""
+    if beta == 0:
+        return values.amax(0)
+    if math.isinf(beta):
+        return values.mean(0)
+    return beta * (torch.logsumexp(values / beta, 0) - math.log(len(values)))
 
 
 def normalise(log_w: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rewards.base import Reward
 
-from .resampling import UNBIASED, Scheme, ess, log_mean_exp, resample, temper
+from .resampling import UNBIASED, Scheme, ess, log_mean_exp, resample, soft_mean, temper
 from .steering import Context, RewardFailed, Schedule, Steering, scheduled
 from .values import Value
 
@@ -226,7 +226,7 @@ class FeynmanKac(Steering):
             scores = ctx.score(judge).cpu().double()
         else:
             drawn = [ctx.score_of(ctx.posterior_draw(j), reward).cpu().double() for j in range(self.draws)]
-            scores = self._soft_mean(torch.stack(drawn))
+            scores = soft_mean(torch.stack(drawn), self.beta)
         value = scores.reshape(ctx.groups, ctx.particles)
         failed = value.isnan()
         if bool(failed.any()):
@@ -243,14 +243,6 @@ class FeynmanKac(Steering):
             raise RewardFailed(f"{judge.name} gave every particle of a prompt −∞ or NaN at step {ctx.step}")
         ctx.rows["reward"] = value
         return value, judged
-
-    def _soft_mean(self, draws: Tensor) -> Tensor:
-        """β·log mean exp(r/β) over dim 0, the value the potentials are consistent with."""
-        if self.beta == 0:
-            return draws.amax(0)
-        if math.isinf(self.beta):
-            return draws.mean(0)
-        return self.beta * (torch.logsumexp(draws / self.beta, 0) - math.log(len(draws)))
 
     def _take_log_ratio(self, ctx: Context) -> Tensor:
         if ctx.log_ratio is None:
