@@ -164,8 +164,9 @@ class Context:
         """(B, …) the gradient of the reward with respect to given clean samples; 0 for samples that have none."""
         with torch.enable_grad():
             leaf = x0.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.score_of(leaf, reward).nansum(), leaf)
-        return self._usable(gradient, reward)
+            scores = self.score_of(leaf, reward)
+            (gradient,) = torch.autograd.grad(scores.nansum(), leaf)
+        return self._usable(_marked(gradient, scores), reward)
 
     def _usable(self, gradient: Tensor, judge: Reward | Value) -> Tensor:
         finite = gradient.flatten(1).isfinite().all(1)
@@ -219,9 +220,9 @@ class Context:
                     }
                     more = len(wanted - {judge for how, judge in self._gradients if how == "network"}) > 1
                     (found["network"],) = torch.autograd.grad(x0, x, found["x0"], retain_graph=more)
-        rows = slice(None) if self._taken is None else self._taken
-        self._scores[id(reward)] = scores.detach()[rows]
-        self._gradients |= {(how, id(reward)): gradient[rows] for how, gradient in found.items()}
+        rows, scores = slice(None) if self._taken is None else self._taken, scores.detach()
+        self._scores[id(reward)] = scores[rows]
+        self._gradients |= {(how, id(reward)): _marked(gradient, scores)[rows] for how, gradient in found.items()}
 
     def _estimate(self, value: Value) -> None:
         """A value at the state, and its gradient if that will be asked for: there is no graph but its own."""
@@ -230,7 +231,8 @@ class Context:
         with torch.set_grad_enabled(tilts), self.ledger.spend("reward", len(x), x.device):
             scores = value(x, self.levels[self.step], self.cond, self.prompts)
             if tilts:
-                (self._gradients["network", id(value)],) = torch.autograd.grad(scores.nansum(), x)
+                (gradient,) = torch.autograd.grad(scores.nansum(), x)
+                self._gradients["network", id(value)] = _marked(gradient, scores)
         self._scores[id(value)] = scores.detach()
 
     def release(self) -> None:
@@ -385,3 +387,8 @@ class Compose(Steering):
 
     def bind(self, reward: Reward | None) -> Steering:
         return Compose(self.a.bind(reward), self.b.bind(reward))
+
+
+def _marked(gradient: Tensor, scores: Tensor) -> Tensor:
+    """NaN for samples without a score, whose gradient the sum over the others says is 0."""
+    return gradient.masked_fill(scores.isnan().reshape(-1, *[1] * (gradient.ndim - 1)), torch.nan)
