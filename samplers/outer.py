@@ -175,17 +175,25 @@ class Problem:
 
     def judge(self, x0: Tensor, reward: Reward, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """((R,) rewards of clean samples, (R, …) their media), with a graph if x0 has one. NaN is counted."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x0.requires_grad):
+            media = self.decode(x0)
+            return self.score(media, reward, rows), media.detach()
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """The media of clean samples, on the ledger."""
+        with self.ledger.spend("decode", len(x0), x0.device):
+            return self.policy.decode(x0)
+
+    def score(self, media: Tensor, reward: Reward, rows: Tensor | None = None) -> Tensor:
+        """(R,) rewards of media, on the ledger. NaN is counted."""
         rows = torch.arange(self.rows) if rows is None else rows
         prompts = [self.prompts[i] for i in rows.tolist()] if self.prompts else []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x0.requires_grad):
-            with self.ledger.spend("decode", len(x0), x0.device):
-                media = self.policy.decode(x0)
-            with self.ledger.spend("reward", len(x0), x0.device):
-                scores = reward(media, prompts)
+        with self.ledger.spend("reward", len(media), media.device):
+            scores = reward(media, prompts)
         failed = int(scores.isnan().sum())
         if failed:
             self.failures[reward.name] = self.failures.get(reward.name, 0) + failed
-        return scores, media.detach()
+        return scores
 
     def rate(
         self, noise: Sequence[Tensor], reward: Reward, rows: Tensor | None = None
