@@ -213,7 +213,7 @@ class Found:
 
     Attributes:
         reward, x0, media: (B,), (B, …), (B, …) of the best samples; reward is float64 on the CPU, −∞ where nothing was judged.
-        noise: the noises (B, …) that make the best samples, where the method offers them.
+        noise, last_noise: the noises (B, …) that make the best and the latest samples, where the method offers them.
         last: (rewards, x0, media) of the latest samples; media None where they are not at hand.
         log_z: (P,) log evidence, where the method estimates it.
         history: what happened, one entry an iterate: "reward" and "best", (B,) each, and what a method adds.
@@ -224,6 +224,7 @@ class Found:
         self.x0: Tensor
         self.media: Tensor
         self.noise: list[Tensor] = []
+        self.last_noise: list[Tensor] = []
         self.last: tuple[Tensor, Tensor, Tensor | None]
         self.log_z: Tensor | None = None
         self.history: dict[str, list[Tensor]] = {}
@@ -245,7 +246,7 @@ class Found:
             self.reward = torch.where(better, known, self.reward)
             self.x0, self.media = where_rows(better, x0, self.x0), where_rows(better, media, self.media)
             self.noise = [where_rows(better, new, old) for new, old in zip(noise, self.noise, strict=True)]
-        self.last = (value, x0, media)
+        self.last, self.last_noise = (value, x0, media), noise
         self.note(reward=value, best=self.reward)
         return better
 
@@ -348,7 +349,7 @@ class Outer(Steering):
             failures=problem.failures,
             ledger=problem.ledger,
             stopped_at=stopped_at,
-            noise=tuple(found.noise),
+            noise=tuple(found.noise if self.keeps == "best" else found.last_noise),
             history={name: torch.stack(rows).reshape(len(rows), *table) for name, rows in found.history.items()},
         )
 

@@ -73,6 +73,7 @@ def test_every_chain_keeps_its_best_and_the_noise_that_made_it():
 def test_a_sampler_returns_its_last_state():
     found = run(problem(), Last(Linear(), rounds=6))
     assert torch.equal(found.rewards, found.history["reward"][-1])
+    torch.testing.assert_close(problem().sample(list(found.noise)).x0, found.x0)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
