@@ -15,6 +15,7 @@ __all__ = ["class_name", "write_card"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ADAPTER, WEIGHTS = "pytorch_lora_weights.safetensors", "trainable.safetensors"
+SHIFTS = "HyperNoise"  # the objective whose adapters are no part of the sampler
 
 
 def write_card(folder: Path, result: Mapping[str, Any]) -> None:
@@ -128,22 +129,25 @@ def _use(folder: Path, result: Mapping[str, Any]) -> str:
     base = _base(result)
     if not base:
         return ""
+    prompt = " ".join(str((result["prompts"] or ["a prompt"])[0]).split())
+    how = result["config"]["train"]["init_args"]
+    words = ["kilter", "steer", prompt, "--model", base, "--lora", str(folder)]
+    words += [f"--{name}={how[name]}" for name in ("steps", "guidance") if how.get(name) is not None]
+    if class_name(result["config"].get("objective")) == SHIFTS:
+        intro = "The adapter moves the initial noise, and the model without it makes the image:"
+        return "\n".join(["## Use", "", intro, "", "```sh", shlex.join([*words, "--steering=ShiftedNoise"]), "```"])
     lines = ["## Use", "", "```python", "from diffusers import DiffusionPipeline", ""]
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({base!r})")
-    prompt = " ".join(str((result["prompts"] or ["a prompt"])[0]).split())
     if (folder / ADAPTER).is_file():
         lines.append(f"pipe.load_lora_weights({str(folder)!r})")
     else:
         lines.insert(4, "from safetensors.torch import load_file")
         lines.append('network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer')
         lines.append(f"network.load_state_dict(load_file({str(folder / WEIGHTS)!r}), strict=False)")
-    how = result["config"]["train"]["init_args"]
     said = {"num_inference_steps": how.get("steps"), "guidance_scale": how.get("guidance")}
     given = "".join(f", {name}={value}" for name, value in said.items() if value is not None)
     lines += [f"image = pipe({prompt!r}{given}).images[0]", "```"]
     if (folder / ADAPTER).is_file():
-        words = ["kilter", "steer", prompt, "--model", base, "--lora", str(folder)]
-        words += [f"--{name}={how[name]}" for name in ("steps", "guidance") if how.get(name) is not None]
         lines += ["", "Or steer on top of it:", "", "```sh", shlex.join(words), "```"]
     return "\n".join(lines)
 

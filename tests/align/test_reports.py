@@ -379,6 +379,16 @@ def test_a_card_for_weights_of_a_local_base(tmp_path, finished):
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
+def test_the_card_of_a_noise_hypernetwork_says_how_to_sample_with_it(tmp_path, finished):
+    result = strict((finished.out / "result.json").read_text())
+    result["config"]["objective"]["class_path"] = "align.objectives.hypernoise.HyperNoise"
+    write_card(tmp_path, result)
+    text = (tmp_path / "README.md").read_text()
+    assert f"--lora {tmp_path}" in text
+    assert "--steering=ShiftedNoise" in text
+    assert "load_lora_weights" not in text
+
+
 # Trackers
 
 
