@@ -1,4 +1,7 @@
-"""Scores tiny-sd by gold on the held-out prompts: `python evaluate.py [guidance ...]` prints a table, work/samples.png shows it."""
+"""Scores tiny-sd, or tiny-turbo, by gold on the held-out prompts.
+
+`python evaluate.py [guidance ...]` and `python evaluate.py tiny-turbo [guidance ...]` print a table; work/samples.png shows it.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,22 @@ from collections import defaultdict
 
 import torch
 from common import ASSETS, WORK, grid
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(ASSETS.parent))
 from rewards.shapes import Shapes
 
 
-def load() -> tuple[StableDiffusionPipeline, dict]:
+def load(name: str = "tiny-sd") -> tuple[DiffusionPipeline, dict]:
     """The pipeline in float32, quiet, and its default generation settings."""
-    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny-sd", dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(ASSETS / name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    config = json.loads((ASSETS / "tiny-sd" / "generation_config.json").read_text())
+    config = json.loads((ASSETS / name / "generation_config.json").read_text())
     return pipe, {key: config[key] for key in ("num_inference_steps", "guidance_scale")}
 
 
 @torch.no_grad()
-def sample(pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int], settings: dict) -> torch.Tensor:
+def sample(pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], settings: dict) -> torch.Tensor:
     """Images (B,3,H,W) in [0,1], one a prompt and seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(prompts, generator=generators, output_type="pt", **settings).images.float()
@@ -34,7 +37,7 @@ def heldout() -> list[dict[str, str]]:
     return [json.loads(line) for line in (ASSETS / "prompts" / "heldout.jsonl").read_text().splitlines()]
 
 
-def table(pipe: StableDiffusionPipeline, settings: dict, seeds: int = 1) -> tuple[dict[str, float], torch.Tensor]:
+def table(pipe: DiffusionPipeline, settings: dict, seeds: int = 1) -> tuple[dict[str, float], torch.Tensor]:
     """Mean gold a task and overall, and the images of the first seed."""
     rows, gold, scores, sheets = heldout(), Shapes(), defaultdict(list), []
     for seed in range(seeds):
@@ -51,8 +54,9 @@ def table(pipe: StableDiffusionPipeline, settings: dict, seeds: int = 1) -> tupl
 
 
 def main() -> None:
-    pipe, settings = load()
-    for guidance in map(float, sys.argv[1:] or [settings["guidance_scale"]]):
+    given = sys.argv[1:]
+    pipe, settings = load(given.pop(0)) if given and given[0].startswith("tiny") else load()
+    for guidance in map(float, given or [settings["guidance_scale"]]):
         means, images = table(pipe, settings | {"guidance_scale": guidance})
         print(guidance, means, flush=True)
         grid(images, WORK / "samples.png", columns=16)

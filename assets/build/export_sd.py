@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from common import ASSETS, WORK, tidy
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from train_unet import SCHEDULER, UNET, text_encoder
 from transformers import CLIPTokenizer
 
@@ -30,13 +31,17 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder = ASSETS / "tiny-sd"
+    export(pipe, ASSETS / "tiny-sd", GENERATION)
+    print(f"step {state['step']} written")
+
+
+def export(pipe: DiffusionPipeline, folder: Path, generation: dict) -> None:
+    """Writes a pipeline in half precision with its default generation settings."""
     pipe.to(torch.float16).save_pretrained(folder)
     shutil.copytree(WORK / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # vocab.json for older transformers
-    (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for name in ("vae", "text_encoder"):
         tidy(folder / name / "config.json")
-    print(f"step {state['step']} written to {folder}")
 
 
 if __name__ == "__main__":

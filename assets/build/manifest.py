@@ -24,6 +24,7 @@ RUNS = {  # log: script, seed
     "reward_scenes_more": ("train_reward.py scenes", 31),
     "reward_preferences_run": ("train_reward.py preferences", 31),
     "clip": ("train_clip.py", 51),
+    "turbo": ("train_turbo.py", 61),
 }
 NOTES = {  # where the shipped run differs from running its script once
     "unet": "the schedule was lengthened from 29 to 32.5 minutes at step 2500",
@@ -34,7 +35,7 @@ NOTES = {  # where the shipped run differs from running its script once
     "reward_scenes_more": "from those weights after 500 steps of preferences: relations throughout, drawing by running error",
     "reward_preferences_run": "from the weights of reward_scenes_more",
 }
-SHIPPED = ("tiny-sd", "tiny-clip", "tiny-reward", "preferences", "prompts")
+SHIPPED = ("tiny-sd", "tiny-turbo", "tiny-clip", "tiny-reward", "preferences", "prompts")
 
 
 def training() -> dict:
@@ -137,9 +138,15 @@ def milliseconds(pipe) -> dict:
     return {"unet_forward_ms": round(1000 * min(times) / 8, 2), "batch": 8, "threads": torch.get_num_threads()}
 
 
+def few_step(pipe, settings: dict) -> dict:
+    """tiny-turbo's gold by the number of steps."""
+    return {str(n): table(pipe, settings | {"num_inference_steps": n})[0] for n in (1, 2, 3, 4)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     pipe, settings = load()
+    turbo = load("tiny-turbo")
     parameters = {
         name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae", "text_encoder")
     }
@@ -148,6 +155,7 @@ def main() -> None:
     manifest = {
         "total_bytes": sum(entry["bytes"] for entry in shipped.values()),
         "tiny-sd": {"settings": settings, "parameters": parameters, "gold_heldout": gold, "speed": milliseconds(pipe)},
+        "tiny-turbo": {"settings": turbo[1], "gold_heldout": few_step(*turbo)},
         "agreement_with_gold": agreement(),
         "caption_reading": reading(),
         "training": training(),
