@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor
 from rewards import Prompt, Reward, as_prompts
 from rewards.preprocess import sharing
 from samplers import (
+    Budget,
     Context,
     Interrupted,
     Iterate,
@@ -31,6 +33,7 @@ from samplers import (
 from samplers import run as run_problem
 from samplers.steering import FREE
 
+from .budget import Purse, opened
 from .description import describe
 from .panel import gold_of, panel_of
 from .results import PLAIN, STEERED, Sample, Steered
@@ -39,6 +42,7 @@ from .world import World
 __all__ = ["row_seed", "steer"]
 
 logger = logging.getLogger("kilter")
+PARTICLES = 4
 PROMPT_STRIDE = 1 << 16  # seeds between prompts: more than the particles of any run
 
 
@@ -54,7 +58,8 @@ def steer(
     *,
     kernel: Kernel | None = None,
     steps: int | None = None,
-    particles: int = 4,
+    particles: int | None = None,
+    budget: Budget | str | None = None,
     guidance: float | None = None,
     seed: int = 0,
     size: tuple[int, int] | None = None,
@@ -74,7 +79,8 @@ def steer(
         steering: how to steer, such as `FeynmanKac(reward, beta=0.1)`.
         kernel: the noise rule of a step; the policy's own by default.
         steps: denoising steps; the policy's own by default.
-        particles: K, samples a prompt.
+        particles: K, samples a prompt; by default 4, or what the budget pays for.
+        budget: what the steered arm may spend over all prompts, such as "20s", "400nfe" or "64rewards"; see `align.budget`.
         guidance: classifier-free guidance scale; the policy's own by default.
         seed: of the first sample; see `row_seed`.
         size: (height, width) in pixels; the policy's own by default.
@@ -94,6 +100,7 @@ def steer(
     Raises:
         ValueError: arguments that cannot work, before any network runs.
     """
+    budget = Budget.parse(budget) if isinstance(budget, str) else budget
     prompts = _checked(prompts, particles, batch)
     kernel = kernel or policy.kernel
     pixels: Size = size or policy.size
@@ -101,22 +108,26 @@ def steer(
     guidance = policy.guidance if guidance is None else guidance
     gold = gold_of(policy, prompts) if gold == "auto" else gold
     panel = panel_of([*steering.rewards(), *rewards], gold)
-    run = _Run(policy, kernel, levels, shape, guidance, steering, particles, seed, panel, batch)
-    run.check(prompts[0])
+    world = World(cpu=policy.device.type == "cpu")
+    run = _Run(policy, kernel, levels, shape, guidance, steering, particles or PARTICLES, seed, panel, batch)
+    if budget is None:
+        run.check(prompts[0])
+    else:
+        run.plan(budget, prompts, particles, world, progress and world.first)
     config = {
         "policy": f"{type(policy).__module__}.{type(policy).__qualname__}",
         "model": policy.source,
         "steering": describe(steering),
         "kernel": describe(kernel),
         "steps": levels.steps,
-        "particles": particles,
+        "particles": run.particles,
+        "budget": None if budget is None else str(budget),
         "guidance": guidance,
         "seed": seed,
         "size": list(pixels),
     }
     result = Steered([], [], {}, config)
-    per_chunk = max(1, batch // particles)
-    world = World(cpu=policy.device.type == "cpu")
+    per_chunk = max(1, batch // run.particles)
     arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
     with _bar(progress and world.first, len(prompts), per_chunk * world.size, levels.steps, arms, watch, seen) as tick:
         run.all(result, prompts, arms, per_chunk, tick, world)
@@ -127,6 +138,8 @@ def steer(
         **sum(spent.values(), Ledger()).as_dict(),
         "arms": {arm: one.as_dict() for arm, one in spent.items()},
     }
+    if run.purse is not None:
+        result.ledger["budget"] = run.purse.as_dict(world)
     return result
 
 
@@ -138,6 +151,28 @@ class _Run:
         self.steering, self.particles, self.seed, self.panel, self.batch = steering, particles, seed, panel, batch
         self.ledgers = {PLAIN: Ledger(), STEERED: Ledger()}
         self.groups: dict[int, dict[str, Any]] = {}
+        self.purse: Purse | None = None
+
+    def plan(self, budget: Budget, prompts: list[Prompt], asked: int | None, world: World, show: bool) -> None:
+        """Finds out how many particles the budget pays for; processes share evaluations and calls, but not the clock."""
+        self.particles = asked or self.steering.least
+        self.check(prompts[0])
+        mine = math.ceil(len(prompts) / (world.size if budget.unit == "s" else 1))
+        cond = self.policy.encode(prompts[:1]).with_guidance(self.guidance)
+        how = (
+            self.steering,
+            self.policy,
+            self.kernel,
+            self.levels,
+            cond,
+            self.shape,
+            prompts[:mine],
+            asked,
+            self.batch,
+        )
+        self.purse = opened(budget, *how, show)
+        self.particles = self.purse.particles()
+        self.check(prompts[0])
 
     def check(self, prompt: Prompt) -> None:
         """Raises now what the steered arm would raise only after the plain arm has run."""
@@ -153,6 +188,8 @@ class _Run:
         """Every chunk of prompts in every arm, dealt out to processes; what is finished when something goes wrong is kept."""
         try:
             for first in range(world.rank * per_chunk, len(prompts), world.size * per_chunk):
+                if self.purse is not None:
+                    self.particles = self.purse.particles()
                 for arm, how in arms:
                     self.add(result, prompts[first : first + per_chunk], first, arm, how, tick)
         except (KeyboardInterrupt, Exception) as stop:
@@ -188,13 +225,19 @@ class _Run:
         noise = SeededNoise(self.seeds(len(prompts), first), self.shape, device=self.policy.device)
         how = {"particles": self.particles, "prompts": prompts, "batch": self.batch}
         how |= {"seen": tick[1]} if isinstance(steering, Outer) else {"watch": tick[0]}
+        purse, began = self.purse if arm == STEERED else None, time.perf_counter()
+        if purse is not None:
+            how["budget"] = purse.allowance(len(prompts))
+        trajectory = stop = None
         try:
-            with self.policy.acting_as(self.steering.plain if arm == PLAIN else "policy"):
-                trajectory = run_problem(Problem(self.policy, self.kernel, cond, self.levels, noise, **how), steering)
-        except Interrupted as stop:
-            self._collect(result, stop.trajectory, prompts, first, arm)
-            raise
+            trajectory = run_problem(Problem(self.policy, self.kernel, cond, self.levels, noise, **how), steering)
+        except Interrupted as interrupted:
+            trajectory, stop = interrupted.trajectory, interrupted
+        if purse is not None:
+            purse.pay(trajectory.ledger, time.perf_counter() - began, len(prompts), self.particles)
         self._collect(result, trajectory, prompts, first, arm)
+        if stop is not None:
+            raise stop
 
     def _collect(self, result: Steered, trajectory: Trajectory, prompts: list[Prompt], first: int, arm: str) -> None:
         """Decodes and scores what a rollout made, and adds it to the result at once."""
@@ -263,14 +306,14 @@ class _Run:
         return columns
 
 
-def _checked(prompts: Any, particles: int, batch: int) -> list[Prompt]:
+def _checked(prompts: Any, particles: int | None, batch: int) -> list[Prompt]:
     prompts = as_prompts(prompts)
     if not prompts:
         raise ValueError("no prompts: pass at least one")
     empty = [i for i, p in enumerate(prompts) if not p.text.strip()]
     if empty:
         raise ValueError(f"prompt {empty[0]} is empty")
-    if not 1 <= particles < PROMPT_STRIDE:
+    if particles is not None and not 1 <= particles < PROMPT_STRIDE:
         raise ValueError(f"particles must lie in 1 … {PROMPT_STRIDE - 1}; got {particles}")
     if batch < 1:
         raise ValueError(f"batch must be ≥ 1; got {batch}")

@@ -11,7 +11,7 @@ from typing import Literal, Optional
 from jsonargparse import SUPPRESS, ActionConfigFile, Namespace
 
 from rewards import Prompt, Reward
-from samplers import Kernel, Steering
+from samplers import Budget, Kernel, Steering
 
 from ..adapters import set_scale
 from ..description import describe
@@ -22,6 +22,7 @@ from ..results import Steered, prepare_folder
 from ..world import World
 
 HELP = "sample with a reward steering the way"
+PARTICLES = 8
 
 
 def parser() -> Parser:
@@ -33,7 +34,9 @@ def parser() -> Parser:
     )
     options.add_argument("--model", type=str, default=str(EMBEDDED), help="folder or hub id of a diffusers pipeline")
     options.add_argument("--lora", type=Optional[str], help="LoRA weights: folder, file or hub id")
-    options.add_argument("--student", type=Optional[Student], help="schedule of a few-step LoRA over a plain checkpoint")
+    options.add_argument(
+        "--student", type=Optional[Student], help="schedule of a few-step LoRA over a plain checkpoint"
+    )
     options.add_argument(
         "--lora_scale", type=float, default=1.0, help="strength of the LoRA: 0 is the base, 1 as trained"
     )
@@ -44,7 +47,10 @@ def parser() -> Parser:
     options.add_argument("--steering", type=Steering, default={"class_path": "FeynmanKac"}, help="how to steer")
     options.add_argument("--kernel", type=Optional[Kernel], help="noise rule of a step; the model's own by default")
     options.add_argument("--panel", type=Optional[list[Reward]], help="more rewards to score the results by")
-    options.add_argument("--particles", type=int, default=8, help="samples a prompt")
+    options.add_argument("--particles", type=Optional[int], help="samples a prompt; 8, or what the budget pays for")
+    options.add_argument(
+        "--budget", type=Optional[str], help="what steering may spend in all: 20s, 400nfe or 64rewards"
+    )
     options.add_argument("--steps", type=Optional[int], help="denoising steps; the model's own by default")
     options.add_argument(
         "--guidance", type=Optional[float], help="classifier-free guidance; the model's own by default"
@@ -60,8 +66,10 @@ def parser() -> Parser:
 
 
 def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
-    if options.particles < 1:
+    if options.particles is not None and options.particles < 1:
         raise ValueError(f"particles must be ≥ 1; got {options.particles}")
+    if options.budget is not None:
+        Budget.parse(options.budget)
     prompts = read_prompts(options.get("prompts", []))
     world = World(cpu=options.device == "cpu")
     if not world.first:  # the first process writes what all found
@@ -99,7 +107,8 @@ def _sampled(parser: Parser, parsed: Namespace, options: Namespace, prompts: lis
         built.steering.bind(built.reward),
         kernel=built.kernel,
         steps=options.steps,
-        particles=options.particles,
+        particles=options.particles or (PARTICLES if options.budget is None else None),
+        budget=options.budget,
         guidance=options.guidance,
         seed=options.seed,
         size=options.size,
