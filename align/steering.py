@@ -230,7 +230,8 @@ class _Run:
             how["budget"] = purse.allowance(len(prompts))
         trajectory = stop = None
         try:
-            trajectory = run_problem(Problem(self.policy, self.kernel, cond, self.levels, noise, **how), steering)
+            with self.policy.acting_as(self.steering.plain if arm == PLAIN else "policy"):
+                trajectory = run_problem(Problem(self.policy, self.kernel, cond, self.levels, noise, **how), steering)
         except Interrupted as interrupted:
             trajectory, stop = interrupted.trajectory, interrupted
         if purse is not None:
