@@ -6,7 +6,8 @@ Built on the parts of a loaded diffusers pipeline (tokenizer, text encoder, UNet
 
 Deviations: a step always goes to the next level of the table; diffusers' DDIM goes back by the rounded quotient of training
 and inference steps, which with "linspace", or where the division leaves a remainder, is a slightly different level. Samples
-are never clipped (`clip_sample`, `thresholding`), since that has no density and no useful gradient.
+are never clipped (`clip_sample`, `thresholding`), since that has no density and no useful gradient. Runs begin with
+noise of variance 1; diffusers' Euler begins with σ_T², 0.5 % less.
 
 Sources: latent diffusion, 2112.10752; progressive distillation (v), 2202.00512; zero terminal SNR, 2305.08891; latent
 consistency models, 2310.04378; SD-Turbo (known by trailing Euler levels), 2311.17042; tiny autoencoders, madebyollin/taesd.

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from torch import Tensor
 
-from align.loading import EMBEDDED
+from align.loading import EMBEDDED, load_policy
 from rewards import Prompt
 from samplers import DDIM, ODE, BestOfN, Consistency, NoiseBank, SeededNoise, always, rollout
 from samplers.families.sd import StableDiffusion
@@ -128,6 +128,19 @@ def test_latent_consistency_without_guidance_embedding_equals_its_pipeline(build
     latents, images = pipeline_samples(pipe, noise, (16, 16), guidance, 4)
     cond = policy.encode(PROMPTS).with_guidance(guidance)
     run = rollout(policy, policy.kernel, cond, policy.levels(4), noise)
+    agree(run.x0, latents)
+    torch.testing.assert_close(policy.decode(run.x0), images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_turbo_student_equals_its_pipeline(build, steps):
+    """Euler steps from the scheduler's own start, σ_T·ε: without its little less noise they are kilter's."""
+    pipe, policy = build(EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing"))
+    assert policy.few_step
+    noise, levels = SeededNoise([6, 7], policy.shape((16, 16))), policy.levels(steps)
+    latents, images = pipeline_samples(pipe, noise, (16, 16), 0.0, steps)
+    start = NoiseBank([levels.sigma[0].float() * noise(0), *[torch.zeros_like(noise(0))] * steps])
+    run = rollout(policy, ODE(), policy.encode(PROMPTS).with_guidance(0.0), levels, start)
     agree(run.x0, latents)
     torch.testing.assert_close(policy.decode(run.x0), images, rtol=0, atol=1e-4)
 
@@ -358,6 +371,19 @@ def test_gradient_of_the_pixels_reaches_the_latents(build):
     (weight * policy.decode(leaf)).sum().backward()
     sides = [float((weight * policy.decode(x0 + sign * 1e-6 * direction)).sum()) for sign in (1, -1)]
     assert float((leaf.grad * direction).sum()) == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-6)
+
+
+def test_the_embedded_student_equals_its_pipeline(share_noise):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(EMBEDDED.parent / "tiny-turbo", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    policy = load_policy("tiny-turbo", device="cpu")
+    prompts, noise = ["a red circle left of a blue square", "three green stars"], SeededNoise([0, 1], (4, 8, 8))
+    share_noise(noise)
+    given = {"guidance_scale": 3.0, "num_inference_steps": 4, "latents": noise(0), "output_type": "latent"}
+    theirs = pipe(prompts, **given).images
+    ours = rollout(policy, policy.kernel, policy.encode(prompts), policy.levels(policy.steps), noise).x0
+    agree(ours, theirs)
+    torch.testing.assert_close(policy.decode(ours), policy.decode(theirs), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", [ODE(), DDIM(1.0), Consistency()], ids=repr)
