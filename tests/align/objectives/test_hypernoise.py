@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+import align
 from align.batches import Batch, Starts
 from align.objectives import HyperNoise
+from align.steering import row_seed
 from rewards import Prompt
-from samplers import ODE, Consistency, SeededNoise, always, rollout
+from samplers import ODE, Consistency, SeededNoise, ShiftedNoise, always, rollout
 from samplers.families.gaussian import GaussianPolicy
 from samplers.hypernoise import noise_shift
 from tests.align.objectives.rows import gradient
 from tests.align.objectives.test_backprop import Detector, Fickle, Pixels
+from tests.align.runs import Near, trainer_of
 from tests.conftest import Linear, Quadratic
 from tests.samplers.test_hypernoise import fill, moved, student  # noqa: F401
 
@@ -166,6 +171,28 @@ def test_micro_batches_add_up():
     parts = [(len(p), gradient(policy, objective.loss(policy, batch.take(p))[0])) for p in ([0, 1, 2, 3], [4, 5])]
     whole = gradient(policy, objective.loss(policy, batch)[0])
     torch.testing.assert_close(sum(n / 6 * g for n, g in parts), whole, rtol=1e-10, atol=1e-12)
+
+
+def test_a_run_judges_what_will_be_used(tmp_path):
+    """Evaluations sample by moved noise, and so does `steer`, whose plain arm is the generator without the adapter."""
+    trainer = trainer_of("HyperNoise", tmp_path / "run", tmp_path)
+    policy, sampling = trainer.policy, trainer.evaluator.sampling
+    assert sampling.shifted
+    assert not trainer.sampling.shifted
+    with torch.no_grad():
+        policy.network.means += 0.5
+    prompts = [Prompt("one"), Prompt("two")]
+    seeds = [row_seed(7, i, 0) for i in range(2)]
+    judged = sampling.roll(policy, prompts, seeds).x0
+    steered = align.steer(policy, prompts, ShiftedNoise(Near()), kernel=sampling.kernel, steps=3, particles=1, seed=7)
+    arms = {arm: torch.stack([s.pixels for s in steered.arm(arm)]) for arm in ("plain", "steered")}
+    torch.testing.assert_close(arms["steered"], judged, rtol=1e-6, atol=1e-6)
+    with policy.acting_as("reference"):
+        plain = trainer.sampling.roll(policy, prompts, seeds).x0
+    torch.testing.assert_close(arms["plain"], plain, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(judged, plain)
+    evaluation = trainer.evaluator(policy, trainer.world)
+    assert math.isnan(evaluation.kl)
 
 
 def test_what_cannot_work_is_refused():
