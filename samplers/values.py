@@ -5,24 +5,41 @@ At state x_t the value that makes sequential Monte Carlo and guidance exact is t
     V_t(x_t) = β·log E[exp(r(x0)/β) | x_t],
 
 expectations being over what the sampler goes on to do. As a twist of `FeynmanKac` or `SVDD` any value is sound, since the last
-weighting is by the reward itself; the nearer to V_t, the less the weights vary. `Guided` follows its gradient.
+weighting is by the reward itself; the nearer to V_t, the less the weights vary. `Guided` follows its gradient: on a flow,
+v − w·t/(1 − t)·∇V is the velocity of the tilted law if w·V_t = log E[exp(w·r(x0)) | x_t].
+
+`LatentValue` is learned (`align.train_value`): a small head on early layers of the policy's own network, which has seen noise at
+every level; what they say is averaged over positions, so that heads are small and fit any size.
+
+Sources: Flow-NRG, a reward model on early layers of the generator, 2501.13918 (VideoAlign; which layers is not published); learned
+values in the place of the clean estimate's reward, SVDD-MC, 2408.08252, and Feynman–Kac steering, 2501.06848.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from rewards.base import Configurable, Prompt
 
+from .levels import Levels, at_least_float32
+
 if TYPE_CHECKING:
-    from .levels import Levels
     from .policy import Cond, Policy
 
-__all__ = ["Value"]
+__all__ = ["EarlyLayers", "LatentValue", "Value", "early_layers"]
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HARMONICS = 8  # of the noise level
+ALIKE = 0.05  # relative distance of probes that half precision explains
 
 
 class Value(Configurable, nn.Module, ABC):
@@ -46,7 +63,7 @@ class Value(Configurable, nn.Module, ABC):
         """
 
     def attach(self, policy: Policy) -> None:
-        """Makes ready for states of this policy; called before any network runs.
+        """Makes ready for states of this policy; called before a run begins.
 
         Raises:
             ValueError: they cannot be judged.
@@ -56,3 +73,175 @@ class Value(Configurable, nn.Module, ABC):
     def name(self) -> str:
         """How messages call this value."""
         return type(self).__name__
+
+
+class LatentValue(Value):
+    """A value learned by `kilter train-value`: a head on early layers of the policy's own network.
+
+    It belongs to the model it was trained on and to how that sampled; a call costs those layers, without guidance.
+
+    Args:
+        model: the folder that `kilter train-value` wrote.
+
+    Raises:
+        OSError: files are missing, incomplete or unreadable.
+        ValueError: the weights do not fill the head; when attached, the policy is not the one it was trained on.
+    """
+
+    probe: Tensor
+    policy: Policy
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        folder = Path(model).expanduser()
+        config, weights = _read(folder)
+        if config.get("format") != FORMAT:
+            raise ValueError(
+                f"{model} has format {config.get('format')!r}; this version reads {FORMAT}: train it again, or update"
+            )
+        self.model, self.config = str(folder), config
+        self.layers = EarlyLayers(config["layers"], config["width"], config["hidden"])
+        probe = weights.pop("probe")
+        try:
+            self.layers.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{model} does not hold the weights that its {CONFIG} describes: {error}") from error
+        self.register_buffer("probe", probe, persistent=False)
+        self.requires_grad_(False)
+
+    def attach(self, policy: Policy) -> None:
+        if getattr(self, "policy", None) is policy:
+            return
+        remedy = (
+            f"load the model it was trained on, {self.config.get('model') or 'see its config.json'}, or train another"
+        )
+        if policy.sharded:
+            raise ValueError(f"{self.name} reads single layers, which a sharded network does not have: do not shard it")
+        self.to(policy.device)
+        seen = self.layers.probe(policy)
+        if seen.shape != self.probe.shape or (seen - self.probe).norm() > ALIKE * self.probe.norm():
+            raise ValueError(
+                f"{self.model} was trained on another model: these early layers see other features; {remedy}"
+            )
+        object.__setattr__(self, "policy", policy)  # beside the module, not part of it
+
+    def forward(self, x: Tensor, at: Levels, cond: Cond, prompts: Sequence[Prompt]) -> Tensor:
+        return self.layers(self.layers.see(self.policy, x, at, cond))
+
+
+class EarlyLayers(nn.Module):
+    """What early layers of a network see of a state, and a head that makes a value of it.
+
+    Features are channel means of the state and of the layers' outputs, harmonics of the level's angle atan(σ/α), and the
+    condition, averaged over its tokens.
+
+    Args:
+        layers: names of the network's modules; the network runs until all of them have spoken.
+        width: how many features there are.
+        hidden: widths of the head's layers.
+    """
+
+    mean: Tensor
+    std: Tensor
+    scale: Tensor
+
+    def __init__(self, layers: Sequence[str], width: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.names, self.hidden = list(layers), list(hidden)
+        widths = [width, *hidden, 1]
+        steps = [(nn.SiLU(), nn.Linear(a, b)) for a, b in itertools.pairwise(widths)]
+        self.head = nn.Sequential(*itertools.chain(*steps)).requires_grad_(False)[1:]
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # mean and spread of the rewards
+
+    def see(self, policy: Policy, x: Tensor, at: Levels, cond: Cond) -> Tensor:
+        """(B, width) features in float32, part of the graph if `x` is."""
+        angle = torch.atan2(at.sigma, at.alpha).to(x.device, torch.float32).expand(len(x))
+        turns = 2 * angle[:, None] * torch.arange(1, HARMONICS + 1, device=x.device)
+        told = [value if value.ndim > 1 else value[:, None] for value in cond.positive.values()]
+        parts = [_averaged(x, tokens=False)] if x.is_floating_point() else []
+        parts += [_averaged(said) for said in _heard(policy, self.names, x, at, cond)]
+        parts += [
+            turns.cos(),
+            turns.sin(),
+            *(value.flatten(1, -2).mean(1) if value.ndim > 2 else value for value in told),
+        ]
+        return torch.cat([part.to(x.device, torch.float32) for part in parts], 1)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        """(B,) values of features."""
+        mean, spread = self.scale
+        return mean + spread * self.head((seen - self.mean) / self.std).squeeze(1)
+
+    @torch.no_grad()
+    def probe(self, policy: Policy) -> Tensor:
+        """(width,) what the layers see of one state made by rule."""
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(1, *policy.shape(policy.size), generator=g).to(policy.device, policy.dtype)
+        levels = policy.levels(2, policy.size)
+        return self.see(policy, x, levels[1], policy.encode(["a photo"]))[0]
+
+
+def early_layers(network: nn.Module) -> list[str]:
+    """The layers to read by default: a UNet's middle, else the block at a third of the longest stack, else none."""
+    if getattr(network, "mid_block", None) is not None:
+        return ["mid_block"]
+    stacks = {name: part for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1}
+    if not stacks:
+        return []
+    name, blocks = max(stacks.items(), key=lambda stack: len(stack[1]))
+    return [f"{name}.{(len(blocks) - 1) // 3}"]
+
+
+class _Enough(Exception):
+    """All layers that matter have spoken."""
+
+
+def _heard(policy: Policy, names: Sequence[str], x: Tensor, at: Levels, cond: Cond) -> list[Tensor]:
+    """What layers put out, without running the layers after the last of them, and without guidance."""
+    if not names:
+        return []
+    heard: dict[str, Tensor] = {}
+
+    def listen(name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+            heard[name] = output if isinstance(output, Tensor) else output[0]
+            if len(heard) == len(names):
+                raise _Enough
+
+        return hook
+
+    hooks = []
+    try:
+        for name in names:
+            hooks.append(policy.network.get_submodule(name).register_forward_hook(listen(name)))
+        policy.predict(x, at, cond)
+    except _Enough:
+        return [heard[name] for name in names]
+    except AttributeError as error:
+        raise ValueError(f"{type(policy.network).__name__} has no layer that is named like {names}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise ValueError(f"layers {sorted(set(names) - set(heard))} of {type(policy.network).__name__} do not run")
+
+
+def _averaged(x: Tensor, tokens: bool = True) -> Tensor:
+    """(B, C): (B, C, …) averaged over positions; (B, L, C) over tokens."""
+    x = at_least_float32(x)
+    if x.ndim == 3 and tokens:
+        return x.mean(1)
+    return x.flatten(2).mean(2) if x.ndim > 2 else x
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise OSError(
+            f"{folder} is no value: it needs {CONFIG} and {WEIGHTS}, as kilter train-value writes them ({error})"
+        ) from error
