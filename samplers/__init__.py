@@ -1,12 +1,15 @@
 """Samplers: policies, kernels, the one denoising loop, and steering."""
 
+from .auto import Auto
 from .budget import Budget
 from .guidance import Backward, Guided, TimeTravel
 from .hypernoise import ShiftedNoise
 from .kernels import CPS, DDIM, ODE, Consistency, DanceSDE, FlowSDE, Kernel, Unmask
 from .ledger import Ledger
 from .levels import Clean, Levels, Prediction, diffuse, to_clean
+from .metropolis import PCN, PCNL
 from .noise import Noise, NoiseBank, SeededNoise
+from .optimise import DNO, DOODL, DFlow, ReNO
 from .outer import Found, Iterate, Outer, Problem, run
 from .policy import Cond, Policy, Size
 from .price import Price, price
@@ -22,19 +25,25 @@ from .rollout import (
     random_truncation,
     rollout,
 )
+from .search import PathSearch, RandomSearch, ZeroOrder
 from .smc import SVDD, BestOfN, CoDe, FeynmanKac
 from .steering import FREE, Compose, Context, RewardFailed, Steering
 from .transitions import Categorical, Gaussian, Transition
-from .values import Value
+from .values import LatentValue, Value
 
 KILTER = True  # lets `align` recognise a stranger's package of the same name
 
 __all__ = [
     "CPS",
     "DDIM",
+    "DNO",
+    "DOODL",
     "FREE",
     "ODE",
+    "PCN",
+    "PCNL",
     "SVDD",
+    "Auto",
     "Backward",
     "BestOfN",
     "Budget",
@@ -45,6 +54,7 @@ __all__ = [
     "Cond",
     "Consistency",
     "Context",
+    "DFlow",
     "DanceSDE",
     "FeynmanKac",
     "FlowSDE",
@@ -55,15 +65,19 @@ __all__ = [
     "Interrupted",
     "Iterate",
     "Kernel",
+    "LatentValue",
     "Ledger",
     "Levels",
     "Noise",
     "NoiseBank",
     "Outer",
+    "PathSearch",
     "Policy",
     "Prediction",
     "Price",
     "Problem",
+    "RandomSearch",
+    "ReNO",
     "RewardFailed",
     "Scheme",
     "SeededNoise",
@@ -75,6 +89,7 @@ __all__ = [
     "Transition",
     "Unmask",
     "Value",
+    "ZeroOrder",
     "always",
     "diffuse",
     "last",
