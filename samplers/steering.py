@@ -20,7 +20,7 @@ from rewards.base import Prompt, Reward
 
 from .kernels import DDIM, Kernel
 from .ledger import Ledger
-from .levels import Clean, Levels, diffuse_again
+from .levels import Clean, Levels, at_least_float32, diffuse_again
 from .noise import Noise, side_generator
 from .transitions import Categorical, Transition
 from .values import Value
@@ -245,9 +245,8 @@ class Context:
 
     def noised_back(self, x: Tensor, again: int) -> Tensor:
         """A state after this step, noised forward to the level before it; one draw for each `again`."""
-        return diffuse_again(x, self.side_noise(again, 0), self.levels[self.step + 1], self.levels[self.step]).to(
-            x.dtype
-        )
+        now, to = self.levels[self.step + 1], self.levels[self.step]
+        return diffuse_again(at_least_float32(x), self.side_noise(again, 0), now, to).to(x.dtype)
 
     def posterior_draw(self, draw: int) -> Tensor:
         """(B, …) an approximate draw from p(x0 | x_t): half of the remaining way stochastically, then one clean estimate.
