@@ -91,6 +91,11 @@ class Purse:
         """Whether the steering stops itself."""
         return isinstance(self.steering, Outer)
 
+    @property
+    def spends(self) -> bool:
+        """Whether its iterates are as large as the budget allows."""
+        return isinstance(self.steering, Outer) and self.steering.spends
+
     def cost(self, particles: int, rounds: float = 1) -> float:
         """What particles of a prompt cost in the budget's unit."""
         counts = self.price.of(particles, rounds if self.outside else 1)
@@ -111,6 +116,8 @@ class Purse:
         return self.asked or self._fitting()
 
     def _fitting(self) -> int:
+        if self.spends:
+            return self.steering.least
         each = self.cost(self.steering.least, self.price.rounds)
         fits = math.floor(self.share / each * (1 + 1e-9))
         return min(max(1, fits) * self.steering.least, MOST - MOST % self.steering.least)
@@ -129,9 +136,10 @@ class Purse:
     def predicted(self) -> dict[str, float]:
         """Counts of the whole run, as planned before it."""
         particles, rounds = self.particles(), self.price.rounds
-        if self.outside and self.cost(particles, rounds) > self.share:
-            more = self.cost(particles, 2) - self.cost(particles)
-            rounds = 1 + math.floor((self.share - self.cost(particles)) / more) if more else 1
+        more = self.cost(particles, 2) - self.cost(particles)
+        if self.outside and more > 0 and (self.spends or self.cost(particles, rounds) > self.share):
+            fits = (self.share - self.cost(particles)) / more
+            rounds = 1 + (fits if self.spends else math.floor(fits))
         return {on: self.prompts * n for on, n in self.price.of(particles, rounds).items()}
 
     def table(self, steps: int, branches: int) -> str:

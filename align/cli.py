@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,14 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _named(argv: Sequence[str]) -> list[str]:
-    """Lets the one thing a command is about stand without its option: kilter train CONFIG, kilter check-reward NAME."""
+    """Lets the one thing a command is about stand without its option: kilter train CONFIG, kilter check-reward NAME.
+
+    The one component that is as much a word as a class may be written small: --steering auto.
+    """
+    if argv and argv[0] == "steer":
+        said = list(zip(["", *argv], argv, strict=False))
+        argv = ["Auto" if pair == ("--steering", "auto") else pair[1] for pair in said]
+        argv = [re.sub(r"^--steering=auto$", "--steering=Auto", word) for word in argv]
     option = (
         {"train": "--config", "check-reward": "--reward", "train-reward": "--preferences"}.get(argv[0])
         if argv

@@ -100,16 +100,10 @@ def steer(
     Raises:
         ValueError: arguments that cannot work, before any network runs.
     """
+    how = {"kernel": kernel, "steps": steps, "particles": particles, "guidance": guidance, "seed": seed, "size": size}
+    run, prompts = prepared(policy, prompts, steering, rewards=rewards, gold=gold, batch=batch, **how)
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    prompts = _checked(prompts, particles, batch)
-    kernel = kernel or policy.kernel
-    pixels: Size = size or policy.size
-    shape, levels = policy.shape(pixels), policy.levels(policy.steps if steps is None else steps, pixels)
-    guidance = policy.guidance if guidance is None else guidance
-    gold = gold_of(policy, prompts) if gold == "auto" else gold
-    panel = panel_of([*steering.rewards(), *rewards], gold)
     world = World(cpu=policy.device.type == "cpu")
-    run = _Run(policy, kernel, levels, shape, guidance, steering, particles or PARTICLES, seed, panel, batch)
     if budget is None:
         run.check(prompts[0])
     else:
@@ -118,18 +112,20 @@ def steer(
         "policy": f"{type(policy).__module__}.{type(policy).__qualname__}",
         "model": policy.source,
         "steering": describe(steering),
-        "kernel": describe(kernel),
-        "steps": levels.steps,
+        "kernel": describe(run.kernel),
+        "steps": run.levels.steps,
         "particles": run.particles,
         "budget": None if budget is None else str(budget),
-        "guidance": guidance,
+        "guidance": run.guidance,
         "seed": seed,
-        "size": list(pixels),
+        "size": list(size or policy.size),
     }
     result = Steered([], [], {}, config)
     per_chunk = max(1, batch // run.particles)
     arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
-    with _bar(progress and world.first, len(prompts), per_chunk * world.size, levels.steps, arms, watch, seen) as tick:
+    with _bar(
+        progress and world.first, len(prompts), per_chunk * world.size, run.levels.steps, arms, watch, seen
+    ) as tick:
         run.all(result, prompts, arms, per_chunk, tick, world)
     if world.size > 1:
         run.merge(result, per_chunk, world)
@@ -143,7 +139,34 @@ def steer(
     return result
 
 
-class _Run:
+def prepared(
+    policy: Policy,
+    prompts: Sequence[str | Prompt] | str | Prompt,
+    steering: Steering,
+    *,
+    kernel: Kernel | None = None,
+    steps: int | None = None,
+    particles: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    rewards: Sequence[Reward] = (),
+    gold: Reward | Literal["auto"] | None = "auto",
+    batch: int = 32,
+) -> tuple[Run, list[Prompt]]:
+    """A run that `steer` would make of these arguments, not yet checked, and its prompts."""
+    prompts = _checked(prompts, particles, batch)
+    kernel = kernel or policy.kernel
+    pixels: Size = size or policy.size
+    shape, levels = policy.shape(pixels), policy.levels(policy.steps if steps is None else steps, pixels)
+    guidance = policy.guidance if guidance is None else guidance
+    gold = gold_of(policy, prompts) if gold == "auto" else gold
+    panel = panel_of([*steering.rewards(), *rewards], gold)
+    how = (policy, kernel, levels, shape, guidance, steering, particles or PARTICLES, seed, panel, batch)
+    return Run(*how), prompts
+
+
+class Run:
     """What stays the same over the chunks and arms of one call."""
 
     def __init__(self, policy, kernel, levels, shape, guidance, steering, particles, seed, panel, batch) -> None:
@@ -173,6 +196,13 @@ class _Run:
         self.purse = opened(budget, *how, show)
         self.particles = self.purse.particles()
         self.check(prompts[0])
+
+    def rehearse(self, budget: Budget, prompts: list[Prompt], asked: int | None) -> None:
+        """Raises what the run would raise before its network runs; seconds are not measured for that."""
+        if budget.unit != "s":
+            return self.plan(budget, prompts, asked, World(cpu=True), False)
+        self.particles = asked or self.steering.least
+        return self.check(prompts[0])
 
     def check(self, prompt: Prompt) -> None:
         """Raises now what the steered arm would raise only after the plain arm has run."""

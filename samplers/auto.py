@@ -73,6 +73,8 @@ class Auto(Outer):
         draws: what a prompt may spend without a budget, in samples.
     """
 
+    spends = True
+
     def __init__(
         self,
         reward: Reward | None = None,

@@ -262,11 +262,13 @@ class Outer(Steering):
     Attributes:
         rounds: how many iterates it makes at most.
         keeps: whether a chain's result is its best sample or its last (samplers).
+        spends: whether it makes its iterates as large as the budget allows.
     """
 
     outside = True
     rounds: int
     keeps: Literal["best", "last"] = "best"
+    spends: bool = False
 
     @abstractmethod
     def iterations(self, problem: Problem, found: Found) -> Generator[float | None]:

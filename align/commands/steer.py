@@ -19,6 +19,7 @@ from ..loading import EMBEDDED, Student
 from ..parsing import FAILED, INTERRUPTED, Parser
 from ..prompts import read_prompts
 from ..results import Steered, prepare_folder
+from ..versus import Versus
 from ..world import World
 
 HELP = "sample with a reward steering the way"
@@ -45,6 +46,12 @@ def parser() -> Parser:
     options.add_argument("--dtype", type=Optional[Literal["float32", "float16", "bfloat16"]], help="of the networks")
     options.add_argument("--reward", type=Reward, default={"class_path": "CrossEncoder"}, help="what to steer by")
     options.add_argument("--steering", type=Steering, default={"class_path": "FeynmanKac"}, help="how to steer")
+    options.add_argument(
+        "--compare",
+        type=Steering,
+        nargs="+",
+        help="two or more ways to steer, compared at one --budget; write them last",
+    )
     options.add_argument("--kernel", type=Optional[Kernel], help="noise rule of a step; the model's own by default")
     options.add_argument("--panel", type=Optional[list[Reward]], help="more rewards to score the results by")
     options.add_argument("--particles", type=Optional[int], help="samples a prompt; 8, or what the budget pays for")
@@ -70,6 +77,8 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
         raise ValueError(f"particles must be ≥ 1; got {options.particles}")
     if options.budget is not None:
         Budget.parse(options.budget)
+    elif options.compare:
+        raise ValueError("methods are compared at one budget: pass --budget, such as 20s, 400nfe or 64rewards")
     prompts = read_prompts(options.get("prompts", []))
     world = World(cpu=options.device == "cpu")
     if not world.first:  # the first process writes what all found
@@ -85,7 +94,10 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     asked = {k: v for k, v in options.as_dict().items() if k not in ("out", "overwrite", "json", "config")}
     result.config = {**describe(asked), "resolved": result.config}
     result.save(out)
-    _summary(result, out)
+    if isinstance(result, Versus):
+        print(f"{result.table()}\nwrote {out}/grid.png, {out}/comparison.md, {out}/result.json", file=sys.stderr)
+    else:
+        _summary(result, out)
     if options.json:
         print(json.dumps(result.as_dict()))
     if result.stopped is None:
@@ -93,30 +105,20 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     return INTERRUPTED if result.interrupted else FAILED
 
 
-def _sampled(parser: Parser, parsed: Namespace, options: Namespace, prompts: list[Prompt]) -> Steered:
-    from .. import load_policy, steer
+def _sampled(parser: Parser, parsed: Namespace, options: Namespace, prompts: list[Prompt]) -> Steered | Versus:
+    from .. import compare_steerings, load_policy, steer
 
     built = parser.instantiate(parsed).steer
     how = {"device": options.device, "dtype": options.dtype, "preview_vae": options.preview_vae}
     policy = load_policy(options.model, lora=options.lora, student=options.student, **how)
     if options.lora_scale != 1:
         set_scale(policy, options.lora_scale)
-    return steer(
-        policy,
-        prompts,
-        built.steering.bind(built.reward),
-        kernel=built.kernel,
-        steps=options.steps,
-        particles=options.particles or (PARTICLES if options.budget is None else None),
-        budget=options.budget,
-        guidance=options.guidance,
-        seed=options.seed,
-        size=options.size,
-        rewards=[built.reward, *(built.panel or ())],
-        plain=options.plain,
-        batch=options.batch,
-        progress=True,
-    )
+    how = {name: options[name] for name in ("steps", "budget", "guidance", "seed", "size", "batch")}
+    how |= {"kernel": built.kernel, "rewards": [built.reward, *(built.panel or ())], "progress": True}
+    how["particles"] = options.particles or (PARTICLES if options.budget is None else None)
+    if built.compare:
+        return compare_steerings(policy, prompts, [method.bind(built.reward) for method in built.compare], **how)
+    return steer(policy, prompts, built.steering.bind(built.reward), plain=options.plain, **how)
 
 
 def _summary(result: Steered, out: Path) -> None:

@@ -62,6 +62,30 @@ def test_every_kind_of_steering_and_kernel_is_reachable(steer):
         assert code == 0, f"{choice}: {err}"
 
 
+def test_a_budget_buys_particles_and_compares_methods(steer, tmp_path):
+    code, out, err = steer("auto", "--particles", "null", "--budget", "50nfe", "--steering", "auto", "--json")
+    assert code == 0, err
+    assert "1 chains × 1 prompts × 3 steps × 2 branches" in err
+    written = json.loads(out)
+    assert written["config"]["budget"] == "50nfe"
+    assert written["samples"][0]["prompt"] == "auto"
+    assert written["ledger"]["budget"]["spent"] == 48
+    again = ["--overwrite", "--particles", "null", "--budget", "50nfe"]
+    how = '{"class_path": "FeynmanKac", "init_args": {"beta": 0.02}}'
+    code, out, err = steer("a cat", "a dog", *again, "--json", "--compare", "BestOfN", how, "Auto")
+    assert code == 0, err
+    assert [row["method"] for row in json.loads(out)["table"]] == ["unsteered", "BestOfN", "FeynmanKac", "Auto"]
+    assert json.loads(out)["methods"]["FeynmanKac"]["config"]["steering"]["init_args"]["beta"] == 0.02
+    assert "| Auto | 1 | 48 |" in (tmp_path / "run" / "comparison.md").read_text()
+    for argv, said in ((["--compare", "BestOfN"], "two methods"), (["--compare", "BestOfN", "FeynmenKac"], "FeynmanKac")):
+        code, _, err = steer("a cat", *again, *argv)
+        assert code == 2
+        assert said in err
+    code, _, err = steer("a cat", "--overwrite", "--compare", "BestOfN", "Auto")
+    assert code == 2
+    assert "pass --budget" in err
+
+
 def test_a_printed_config_repeats_the_run(capsys, steer, tiny_folder, tmp_path):
     assert steer("a cat", "--seed", 11, "--steering.beta", "0.3")[0] == 0
     argv = ["a cat", "--model", tiny_folder, *QUICK, "--seed", 11, "--steering.beta", "0.3", "--print_config"]
