@@ -228,7 +228,7 @@ class ZeroOrder(NoiseSearch):
             moved = best.beats(base)
             best.where(moved | ~stuck, base).offer(found)  # a new base may be better than all that is around it
             found.note(moved=moved)
-            base, stuck = best.where(moved, base), ~moved
+            base, stuck = best, ~moved  # whose place a new base takes
         yield
 
     def _around(self, problem: Problem, base: Drawn, *keys: int) -> list[Tensor]:
