@@ -13,7 +13,7 @@ import re
 from jsonargparse import ArgumentParser
 
 from rewards import Judge, Reward
-from samplers import Kernel, Steering
+from samplers import Kernel, Steering, Value
 
 from .learning import Head, Loss
 from .objectives import Objective
@@ -27,6 +27,7 @@ COMPONENTS = {
     "rewards": Reward,
     "judges": Judge,
     "steerings": Steering,
+    "values": Value,
     "kernels": Kernel,
     "objectives": Objective,
     "sources": Source,

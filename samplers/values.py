@@ -112,16 +112,14 @@ class LatentValue(Value):
     def attach(self, policy: Policy) -> None:
         if getattr(self, "policy", None) is policy:
             return
-        remedy = (
-            f"load the model it was trained on, {self.config.get('model') or 'see its config.json'}, or train another"
-        )
         if policy.sharded:
             raise ValueError(f"{self.name} reads single layers, which a sharded network does not have: do not shard it")
         self.to(policy.device)
-        seen = self.layers.probe(policy)
-        if seen.shape != self.probe.shape or (seen - self.probe).norm() > ALIKE * self.probe.norm():
+        width, heard = self.layers.probe(policy)
+        if width != self.config["width"] or (heard - self.probe).norm() > ALIKE * self.probe.norm():
             raise ValueError(
-                f"{self.model} was trained on another model: these early layers see other features; {remedy}"
+                f"{self.model} was trained on another model than {policy.source or type(policy).__name__}, whose early layers say "
+                f"something else: load {self.config.get('model') or 'that model'}, or train a value for this one"
             )
         object.__setattr__(self, "policy", policy)  # beside the module, not part of it
 
@@ -175,12 +173,13 @@ class EarlyLayers(nn.Module):
         return mean + spread * self.head((seen - self.mean) / self.std).squeeze(1)
 
     @torch.no_grad()
-    def probe(self, policy: Policy) -> Tensor:
-        """(width,) what the layers see of one state made by rule."""
+    def probe(self, policy: Policy) -> tuple[int, Tensor]:
+        """How many features there are, and what the layers say of one state made by rule, by which a network is recognised."""
         g = torch.Generator().manual_seed(0)
         x = torch.randn(1, *policy.shape(policy.size), generator=g).to(policy.device, policy.dtype)
-        levels = policy.levels(2, policy.size)
-        return self.see(policy, x, levels[1], policy.encode(["a photo"]))[0]
+        at, cond = policy.levels(2, policy.size)[1], policy.encode(["a photo"])
+        heard = [_averaged(said).float()[0] for said in _heard(policy, self.names, x, at, cond)]
+        return self.see(policy, x, at, cond).shape[1], torch.cat([x.new_empty(0, dtype=torch.float32), *heard])
 
 
 def early_layers(network: nn.Module) -> list[str]:

@@ -1,12 +1,13 @@
 """The sub-commands of `kilter`, one module each: `HELP`, `parser()` and `run(parser, parsed, options) -> exit code`."""
 
-from . import check_reward, compare_rewards, eval_reward, score, steer, train, train_reward
+from . import check_reward, compare_rewards, eval_reward, score, steer, train, train_reward, train_value
 from . import list as listing
 
 COMMANDS = {
     "steer": steer,
     "train": train,
     "train-reward": train_reward,
+    "train-value": train_value,
     "score": score,
     "check-reward": check_reward,
     "compare-rewards": compare_rewards,

@@ -5,6 +5,7 @@ import inspect
 import io
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 STEER = [p for p in CONFIGS if p.parent.name == "steer" or p.name == "steer.yaml"]
 LAUNCH = [p for p in CONFIGS if p.parent.name == "accelerate"]
 LEARN = [p for p in CONFIGS if p.stem.startswith("train_reward")]
-TRAIN = [p for p in CONFIGS if p not in STEER + LAUNCH + LEARN]
+FORETELL = [p for p in CONFIGS if p.stem.startswith("train_value")]
+TRAIN = [p for p in CONFIGS if p not in STEER + LAUNCH + LEARN + FORETELL]
 EXPORTED = {name for module in (rewards, samplers, objectives, sources, feedback) for name in module.__all__}
 
 
@@ -152,6 +154,16 @@ def test_every_reward_training_config_loads(path, monkeypatch):
     assert options.encoder.needs_prompt
     assert options.loss.needs_variance <= getattr(options.head, "variance", False)
     assert all(Path(data).exists() for data in (options.preferences, options.heldout) if data)
+
+
+@pytest.mark.parametrize("path", FORETELL, ids=relative)
+def test_every_value_training_config_loads(path):
+    """The reward is made, and the settings fit each other."""
+    parser = build_parser()
+    parsed = parser.parse_args(["train-value", "--config", str(path)])
+    options = parser.instantiate(parsed)["train-value"]
+    assert options.reward is not None or options.preferences
+    assert align.ValueConfig(**{f.name: options[f.name] for f in fields(align.ValueConfig)})
 
 
 class Judge(rewards.Reward):
