@@ -69,10 +69,8 @@ class ShiftedNoise(Outer):
 
     def check(self, ctx: Context) -> None:
         self._need_reward()
-        policy = ctx.policy
-        if "reference" not in policy.voices and not any(
-            hasattr(m, "adapter_layer_names") for m in policy.network.modules()
-        ):
+        layers = (hasattr(m, "adapter_layer_names") for m in ctx.policy.network.modules())  # what peft puts in
+        if "reference" not in ctx.policy.voices and not any(layers):
             raise ValueError(
                 "ShiftedNoise needs a trained noise hypernetwork, but this policy has no adapter: pass lora=…"
             )

@@ -72,26 +72,23 @@ class HyperNoise(Objective):
         reward, ok, slope = self._generated(policy, rows, starting_from(z + shift.detach(), noise), batch.prompts)
         climbed = (slope * (shift - shift.detach())).flatten(1).sum(1)  # 0, with the reward's gradient
         kl = reduced(0.5 * shift.square().flatten(1).sum(1), z, self.reduction)
-        loss = self.kl_weight * kl.mean() - (torch.where(ok, reward, 0) + climbed).mean()
+        loss = self.kl_weight * kl.mean() - (reward + climbed).mean()
         return loss, {**watched(reward, ok), "kl": kl.detach().mean()}
 
     def _generated(
         self, policy: Policy, rows: Starts, noise: Noise, prompts: tuple[Prompt, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,) rewards of the generator's samples, (B,) which were judged, and (B, …) their gradients at noise(0)."""
+        """(B,) rewards of the generator's samples, 0 where there is none, (B,) where there is one, (B, …) gradients at noise(0)."""
         assert self.reward is not None
         start = noise(0).requires_grad_()
+        reward = torch.zeros(len(rows), device=start.device)
+        ok, slope = torch.zeros_like(reward, dtype=torch.bool), torch.zeros_like(start)
         with policy.acting_as("reference"), torch.enable_grad():
             x0 = rollout(policy, rows.kernel, rows.cond, rows.levels, starting_from(start, noise), grad=always).x0
-            fine = sound(x0)
-            chosen = fine.nonzero().flatten()
-            scores, known = judged(
-                self.reward, policy.decode(x0[chosen.to(x0.device)]), tuple(prompts[i] for i in chosen)
-            )
-            (slope,) = torch.autograd.grad(scores.sum(), start)
-        reward, ok = (
-            scores.detach().new_zeros(len(rows)),
-            torch.zeros(len(rows), dtype=torch.bool, device=scores.device),
-        )
-        reward[chosen], ok[chosen] = scores.detach(), known
+            chosen = sound(x0).nonzero().flatten()
+            if len(chosen):
+                media = policy.decode(x0[chosen.to(x0.device)])
+                scores, known = judged(self.reward, media, tuple(prompts[i] for i in chosen.tolist()))
+                reward[chosen], ok[chosen] = scores.detach().to(reward), known
+                (slope,) = torch.autograd.grad(scores.sum(), start)
         return reward, ok, torch.where(ok.reshape(-1, *[1] * (slope.ndim - 1)), slope, 0)

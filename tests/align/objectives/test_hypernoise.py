@@ -163,6 +163,9 @@ def test_samples_that_are_not_finite_are_never_judged():
     )
     assert torch.equal(slopes[1], torch.zeros(2, dtype=F64))
     assert bool(slopes[0].ne(0).all())
+    batch.rows.cond.positive["row"][:] = 1.0
+    _, metrics = HyperNoise(reward=Linear()).loss(policy, batch)
+    assert float(metrics["reward_failed"]) == 1
 
 
 def test_micro_batches_add_up():
