@@ -222,7 +222,7 @@ class DNO(NoiseOptimisation):
         regulariser: see `samplers.whiteness`.
         weight: of the regulariser; 0 as published, 1 suggested against reward hacking.
         gradient: of the reward: "exact", or "hybrid" for rewards without one.
-        draws: perturbed samples a gradient, for "hybrid".
+        perturbations: samples that a gradient is estimated from, for "hybrid".
         radius: the perturbation's standard deviation.
     """
 
@@ -236,15 +236,16 @@ class DNO(NoiseOptimisation):
         regulariser: Regulariser = "concentration",
         weight: float = 0.0,
         gradient: Literal["exact", "hybrid"] = "exact",
-        draws: int = 4,
+        perturbations: int = 4,
         radius: float = 0.01,
     ) -> None:
         super().__init__(reward, rounds, rate, regulariser, weight)
         if last is not None and last < 1:
             raise ValueError(f"last must be ≥ 1, or None for all noises; got {last}")
-        if draws < 1 or not radius > 0:
-            raise ValueError(f"draws must be ≥ 1 and radius > 0; got {draws} and {radius}")
-        self.clip, self.last, self.gradient, self.draws, self.radius = clip, last, gradient, draws, radius
+        if perturbations < 1 or not radius > 0:
+            raise ValueError(f"perturbations must be ≥ 1 and radius > 0; got {perturbations} and {radius}")
+        self.clip, self.last = clip, last
+        self.gradient, self.perturbations, self.radius = gradient, perturbations, radius
 
     def descent(self) -> Descent:
         return Adam(self.rate)
@@ -274,16 +275,16 @@ class DNO(NoiseOptimisation):
     def _estimate(
         self, problem: Problem, media: Tensor, rewards: Tensor, noise: list[Tensor], rows: Tensor, index: int
     ) -> Tensor:
-        """(R, …) the direction in which the reward of media rises, of unit length; draws fill up the batch."""
+        """(R, …) the direction in which the reward of media rises, of unit length; perturbations fill up the batch."""
         total, columns = torch.zeros_like(media), (-1, *[1] * (media.ndim - 1))
-        for draws in torch.arange(self.draws).split(max(1, problem.batch // len(rows))):
+        for draws in torch.arange(self.perturbations).split(max(1, problem.batch // len(rows))):
             moved = [self._perturbed(problem, noise, rows, index, j) for j in draws.tolist()]
             owners = rows.repeat(len(draws))
             noises = [torch.cat(column) for column in zip(*moved, strict=True)]
             scores, _, images = problem.rate(noises, self._need_reward(), owners)
             for image, score in zip(images.split(len(rows)), scores.split(len(rows)), strict=True):
                 total = total + (score - rewards).nan_to_num(0.0, 0.0, 0.0).reshape(columns) * (image - media)
-        return total / (self.draws * 1e-3 + total.flatten(1).norm(dim=1).reshape(columns))
+        return total / (self.perturbations * 1e-3 + total.flatten(1).norm(dim=1).reshape(columns))
 
     def _perturbed(self, problem: Problem, noise: list[Tensor], rows: Tensor, index: int, draw: int) -> list[Tensor]:
         """The rows' noises, those that move perturbed."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rewards import Reward
-from samplers import DDIM, DNO, DOODL, ODE, Consistency, DFlow, Problem, ReNO, SeededNoise, run
+from samplers import DDIM, DNO, DOODL, ODE, Consistency, DFlow, Problem, ReNO, SeededNoise, Trajectory, run
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
 from tests.conftest import Linear, Quadratic, build_pipeline
@@ -18,25 +18,31 @@ METHODS = [ReNO, DNO, DFlow, DOODL]
 
 
 def gaussian(few_step=True, width=WIDTH):
-    policy = GaussianPolicy([0.5] * width, [0.8])
-    policy.few_step = few_step
+    policy = GaussianPolicy(torch.full((width,), 0.5), [0.8])
+    policy.few_step, policy.checkpointing = few_step, "none"
     return policy
 
 
 def problem(kernel=None, policy=None, seeds=(0, 1, 2, 3), particles=2, steps=STEPS, **options):
     policy = policy or gaussian()
     prompts = ["a cat", "a dog", "a cow"][: len(seeds) // particles]
-    noise = SeededNoise(seeds, policy.shape(policy.size), dtype=options.pop("dtype", torch.float64))
+    noise = SeededNoise(seeds, policy.shape(policy.size), dtype=policy.dtype)
     how = {"particles": particles, "prompts": prompts, **options}
     return Problem(policy, kernel or DDIM(1.0), policy.encode(prompts), policy.levels(steps, policy.size), noise, **how)
 
 
-def visited(method, task):
+def visited(method, task) -> tuple[Trajectory, torch.Tensor]:
     """The result, and the first noise of every iterate, (rounds, B, …)."""
-    points, parts = [], math.ceil(task.rows / task.batch)
+    points = []
     task.watch = lambda ctx: points.append(ctx.x.detach().clone()) if ctx.step == 0 else None
     found = run(task, method)
-    return found, torch.cat(points).reshape(-1, task.rows, *points[0].shape[1:]) if parts else found
+    return found, torch.cat(points).reshape(-1, task.rows, *points[0].shape[1:])
+
+
+def best(found: Trajectory) -> torch.Tensor:
+    """(P, K) rewards of the result."""
+    assert found.rewards is not None
+    return found.rewards
 
 
 def recorded(cls):
@@ -64,7 +70,7 @@ def generator(steps=STEPS):
 
 @pytest.mark.parametrize(
     "method",
-    [ReNO(Quadratic(0.5, 3.0), 120, 0.2, clip=1e6, weight=0.2), DFlow(Quadratic(0.5, 3.0), 40, weight=0.2)],
+    [ReNO(Quadratic(0.5, 3.0), 100, 0.3, clip=1e6, weight=0.2), DFlow(Quadratic(0.5, 3.0), weight=0.2)],
     ids=["ReNO", "DFlow"],
 )
 def test_a_linear_generator_has_the_optimum_of_the_stationarity_equation(method):
@@ -74,21 +80,23 @@ def test_a_linear_generator_has_the_optimum_of_the_stationarity_equation(method)
     lead, half, last = a**2 + 0.2, a * (3.0 - c) * math.sqrt(WIDTH) / 2, 0.2 * (WIDTH - 1)
     rho = (half + math.sqrt(half**2 + lead * last)) / lead
     _, z = visited(method, problem(ODE()))
-    torch.testing.assert_close(z[-1], torch.full_like(z[-1], rho / math.sqrt(WIDTH)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z[-1], torch.full_like(z[-1], rho / math.sqrt(WIDTH)), rtol=3e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [ReNO(Linear(0.0), 150, 0.05, clip=1e6, weight=1.0), DFlow(Linear(0.0), weight=1.0)])
+@pytest.mark.parametrize("method", [ReNO(Linear(0.0), 120, 0.05, clip=1e6, weight=1.0), DFlow(Linear(0.0), weight=1.0)])
 def test_the_regulariser_alone_leads_to_the_likeliest_radius_without_turning(method):
     _, z = visited(method, problem(ODE()))
-    torch.testing.assert_close(z[-1].norm(dim=1), torch.full((4,), math.sqrt(WIDTH - 1), dtype=z.dtype))
+    torch.testing.assert_close(
+        z[-1].norm(dim=1), torch.full((4,), math.sqrt(WIDTH - 1), dtype=z.dtype), rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(z[-1] / z[-1].norm(dim=1, keepdim=True), z[0] / z[0].norm(dim=1, keepdim=True))
 
 
 def test_doodl_climbs_to_the_top_of_its_sphere():
     """On |z| = |z₀| a linear reward is highest along 1."""
-    _, z = visited(DOODL(Linear(), 400, clip=0.01, jitter=0.0), problem(ODE()))
+    _, z = visited(DOODL(Linear(), 100, clip=0.03, jitter=0.0), problem(ODE(), steps=2))
     radius = z[0].norm(dim=1, keepdim=True)
-    torch.testing.assert_close(z.norm(dim=2), radius[:, 0].expand(400, 4))
+    torch.testing.assert_close(z.norm(dim=2), radius[:, 0].expand(100, 4))
     torch.testing.assert_close(z[-1], (radius / math.sqrt(WIDTH)).expand_as(z[-1]), rtol=1e-4, atol=1e-4)
 
 
@@ -208,7 +216,7 @@ def test_checkpointing_changes_no_bit(diffusion, checkpointing):
     for mode in ("none", checkpointing):
         diffusion.checkpointing = mode
         method = recorded(DNO)(Bright(), 3)
-        run(problem(DDIM(1.0), diffusion, particles=1, seeds=(0, 1), steps=3, dtype=torch.float32), method)
+        run(problem(DDIM(1.0), diffusion, particles=1, seeds=(0, 1), steps=3), method)
         gradients.append(torch.stack(method.gradients))
     diffusion.checkpointing = "step"
     assert gradients[0].abs().max() > 0
@@ -232,7 +240,7 @@ def test_memory_does_not_grow_with_the_steps(diffusion):
     """Beyond a few latents a step, which are the noises themselves and the states."""
     totals = []
     for steps in (2, 6):
-        task = problem(DDIM(1.0), diffusion, particles=1, seeds=(0,), steps=steps, dtype=torch.float32)
+        task = problem(DDIM(1.0), diffusion, particles=1, seeds=(0,), steps=steps)
         leaves = [n.requires_grad_() for n in task.bank()]
         with saved() as kept:
             task.sample(leaves, grad=lambda i, steps: True)
@@ -261,7 +269,7 @@ def test_the_hybrid_gradient_points_up(kernel):
     """On a quadratic reward of a linear generator with 256 draws."""
     exact, hybrid = (
         recorded(DNO)(Quadratic(0.3, 2.0), 2),
-        recorded(DNO)(Opaque(0.3, 2.0), 2, gradient="hybrid", draws=256),
+        recorded(DNO)(Opaque(0.3, 2.0), 2, gradient="hybrid", perturbations=256),
     )
     run(problem(kernel), exact)
     task = problem(kernel)
@@ -272,7 +280,9 @@ def test_the_hybrid_gradient_points_up(kernel):
 
 
 def test_the_hybrid_gradient_does_not_depend_on_the_batch():
-    paths = [visited(DNO(Opaque(0.3, 2.0), 5, 0.1, gradient="hybrid", draws=8), problem(batch=b)) for b in (1, 3, 64)]
+    paths = [
+        visited(DNO(Opaque(0.3, 2.0), 5, 0.1, gradient="hybrid", perturbations=8), problem(batch=b)) for b in (1, 3, 64)
+    ]
     for found, _ in paths[1:]:
         assert torch.equal(found.x0, paths[0][0].x0)
     history = paths[0][0].history["reward"]
@@ -295,9 +305,9 @@ def test_a_batch_is_separate_runs(method):
 def test_micro_batches_change_nothing(method, diffusion):
     results = []
     for batch in (1, 4):
-        task = problem(Consistency(), diffusion, seeds=range(4), steps=2, dtype=torch.float32, batch=batch)
+        task = problem(Consistency(), diffusion, seeds=range(4), steps=2, batch=batch)
         diffusion.few_step = True
-        results.append(run(task, method(Bright(), 4)))
+        results.append(run(task, method(Bright(), 3)))
         diffusion.few_step = False
     torch.testing.assert_close(results[0].x0, results[1].x0, rtol=1e-4, atol=1e-4)
 
@@ -314,8 +324,8 @@ def test_the_best_is_kept_with_its_noise_and_is_never_worse_than_the_start(metho
     task = problem()
     found = run(task, method(Quadratic(1.0, 0.4), 25, rate=50.0))
     rewards = found.history["reward"]
-    assert torch.equal(found.rewards, rewards.amax(0))
-    assert (found.rewards >= rewards[0]).all()
+    assert torch.equal(best(found), rewards.amax(0))
+    assert (best(found) >= rewards[0]).all()
     torch.testing.assert_close(task.sample(list(found.noise)).x0, found.x0)
 
 
@@ -341,7 +351,7 @@ def test_history_tells_penalty_and_scale():
 def test_any_method_takes_any_regulariser(regulariser, diffusion, monkeypatch):
     monkeypatch.setattr("samplers.whiteness.ORDERS", 2)
     for method in (DNO, DFlow):
-        task = problem(ODE(), diffusion, seeds=(0, 1), particles=1, steps=2, dtype=torch.float32)
+        task = problem(ODE(), diffusion, seeds=(0, 1), particles=1, steps=2)
         found = run(task, method(Bright(), 2, regulariser=regulariser, weight=1.0))
         assert found.history["penalty"].isfinite().all()
 
@@ -395,7 +405,7 @@ def test_a_step_over_a_cliff_is_undone(method, beyond):
     undone = found.history["undone"]
     assert undone[0].sum() == 0
     assert undone.sum(0).min() >= 2
-    assert (found.rewards > 7.0).all()
+    assert (best(found) > 7.0).all()
     assert task.failures == {}
 
 
@@ -428,7 +438,7 @@ def test_a_row_that_was_not_judged_stays_and_is_counted(method):
 
 def test_a_row_that_is_never_judged_has_no_result_and_harms_no_other():
     found = run(problem(), ReNO(Moody(range(9)), 5))
-    assert found.rewards[0, 0] == -torch.inf
+    assert best(found)[0, 0] == -torch.inf
     assert (found.history["reward"][-1].flatten()[1:] > found.history["reward"][0].flatten()[1:]).all()
 
 
@@ -453,7 +463,7 @@ def test_rewards_without_gradient_are_told_of_what_can_be_done(method):
         (lambda: ReNO(rate=0.0), "rate"),
         (lambda: ReNO(weight=-1.0), "weight"),
         (lambda: DNO(last=0), "last"),
-        (lambda: DNO(draws=0), "draws"),
+        (lambda: DNO(perturbations=0), "perturbations"),
         (lambda: DFlow(history=0), "history"),
     ],
 )
@@ -486,8 +496,8 @@ def diffusion(tmp_path_factory):
     return policy
 
 
-@pytest.mark.parametrize("method", [DNO(rounds=6, rate=0.05), DFlow(rounds=6), DOODL(rounds=6, clip=1.0)])
+@pytest.mark.parametrize("method", [DNO(rounds=4, rate=0.05), DFlow(rounds=4), DOODL(rounds=4, clip=1.0)])
 def test_a_real_model_climbs(method, diffusion):
-    task = problem(DDIM(1.0), diffusion, seeds=(0, 1), particles=1, steps=3, dtype=torch.float32)
+    task = problem(DDIM(1.0), diffusion, seeds=(0, 1), particles=1, steps=2)
     found = run(task, method.bind(Bright()))
-    assert (found.rewards.flatten() > found.history["reward"][0].flatten()).all()
+    assert (best(found).flatten() > found.history["reward"][0].flatten()).all()
