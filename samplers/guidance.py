@@ -133,10 +133,9 @@ class Guided(_Windowed):
             )
 
     def propose(self, ctx: Context, base: Transition) -> Transition:
-        moves = base.stochastic if self.form == "law" or ctx.steering.weighs else True
-        if self.form == "score" and ctx.levels.alpha[ctx.step] <= 0:
-            moves = False
-        if not moves or not self.within(ctx.step / ctx.levels.steps):
+        blind = self.form == "score" and ctx.levels.alpha[ctx.step] <= 0
+        bound = self.form == "law" or ctx.steering.weighs  # to steps that have a density
+        if blind or (bound and not base.stochastic) or not self.within(ctx.step / ctx.levels.steps):
             return base
         assert isinstance(base, Gaussian)
         gradient = ctx.gradient(self.judge, self.through).to(base.mean.dtype)
@@ -145,7 +144,7 @@ class Guided(_Windowed):
             now = ctx.levels[ctx.step]
             size = size * (now.alpha / (now.alpha**2 + now.sigma**2))
         if self.normalise == "unit":
-            size = (unit / _rms(gradient)).where(_rms(gradient) > 0, 0.0)
+            size = torch.where((rms := _rms(gradient)) > 0, unit / rms, 0.0)
         gamma = scheduled(self.tempering, ctx.step, ctx.levels.steps, self.full_at)
         move = self.scale * gamma * size * gradient
         if self.cap is not None:

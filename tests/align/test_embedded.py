@@ -9,7 +9,7 @@ import torch
 import align
 from align.cli import main
 from rewards import CrossEncoder
-from samplers import BestOfN, FeynmanKac
+from samplers import BestOfN, FeynmanKac, Guided
 
 HELDOUT = Path(__file__).resolve().parents[2] / "assets" / "prompts" / "heldout.jsonl"
 
@@ -79,7 +79,12 @@ def test_any_reward_steers(reward, beta, tmp_path, monkeypatch):
     """What is steered by rises on the whole, from one file of settings."""
     monkeypatch.chdir(HELDOUT.parents[2])
     (tmp_path / "steer.yaml").write_text(f"{reward}steering: {{class_path: FeynmanKac, init_args: {{beta: {beta}}}}}\n")
-    prompts = ["a red circle left of a blue square", "three green stars", "a black ring", "a blue star above a red ring"]
+    prompts = [
+        "a red circle left of a blue square",
+        "three green stars",
+        "a black ring",
+        "a blue star above a red ring",
+    ]
     command = ["steer", *prompts, "--config", str(tmp_path / "steer.yaml"), "--steps", "10", "--particles", "6"]
     assert main([*command, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     rows = json.loads((tmp_path / "run" / "result.json").read_text())["samples"]
@@ -107,3 +112,15 @@ def test_steering_raises_the_gold_reward_of_held_out_prompts(policy):
     gains = torch.tensor(gains)
     assert gains.mean() > 3 * gains.std() / len(gains) ** 0.5
     assert result.mean("CrossEncoder") > result.mean("CrossEncoder", "plain")
+
+
+@pytest.mark.slow
+def test_guidance_raises_the_reward_of_every_sample(policy):
+    """Without any choice among samples: guided by the gradient at the clean estimate, from the seeds of the plain run."""
+    rows = [json.loads(line) for line in HELDOUT.read_text().splitlines()]
+    prompts, reward = [r["prompt"] for r in rows[:: len(rows) // 40]][:40], CrossEncoder()
+    how = Guided(reward, 0.1, form="score", normalise="unit", through="x0")
+    result = align.steer(policy, prompts, how, particles=1, rewards=[reward])
+    plain, guided = (torch.tensor([s.scores[reward.name] for s in result.arm(arm)]) for arm in ("plain", "steered"))
+    gains = guided - plain
+    assert gains.mean() > 3 * gains.std() / len(gains) ** 0.5

@@ -159,6 +159,26 @@ def test_a_normalised_score_changes_the_noise_prediction_by_the_scale():
     assert torch.allclose(ended.latents[:, 1], levels[1].alpha * x0 + levels[1].sigma * eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("through", ["network", "x0"])
+def test_a_normalised_score_is_the_published_step(through):
+    """CLIP guidance of FreeDoM (gradient of x) and MPGD (of x0): DDPM's mean moves by c1·σ/α·rms(ε)·0.02 along it."""
+    policy = GaussianPolicy([[0.5] * DIM, [-1.0] * DIM], [0.8, 0.3], [0.6, 0.4])
+    levels, noise = levels_of(policy), SeededNoise(range(4), (DIM,), dtype=torch.float64)
+    x, cond = noise(0).requires_grad_(), policy.encode([""] * 4)
+    clean = policy.denoise(x, levels[0], cond)
+    loss = (clean.x0 - 1.0).norm(dim=1).sum()
+    (gradient,) = torch.autograd.grad(loss, x if through == "network" else clean.x0, retain_graph=True)
+    at, to = levels.alpha[0] ** 2, levels.alpha[1] ** 2  # the published ᾱ_t and ᾱ_s
+    c1, c2 = to.sqrt() * (1 - at / to) / (1 - at), (at / to).sqrt() * (1 - to) / (1 - at)
+    c3 = ((1 - to) * (1 - at / to) / (1 - at)).sqrt()
+    rho = 0.02 * rms(clean.eps) * (1 - at).sqrt() / at.sqrt() * c1 / rms(gradient)
+    published = c1 * clean.x0 + c2 * x + c3 * noise(1) - rho[:, None] * gradient
+    ended = sample(
+        Guided(Quadratic(1.0, 1.0), 0.02, form="score", normalise="unit", through=through), policy, record="path"
+    )
+    assert torch.allclose(ended.latents[:, 1], published, atol=1e-7)
+
+
 @pytest.mark.parametrize("form", ["law", "score", "state"])
 def test_a_cap_bounds_the_move_and_keeps_its_direction(form):
     reward = Quadratic(2.0, 1.0)
