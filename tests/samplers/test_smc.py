@@ -189,7 +189,7 @@ def test_weights_never_overflow():
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-@pytest.mark.parametrize("tempering", ["constant", "linear", "adaptive"])
+@pytest.mark.parametrize("tempering", ["constant", "linear", "exp", "adaptive"])
 def test_potentials_telescope(potential, tempering):
     """Without resampling every potential ends at r(x0)/beta, lineage by lineage."""
     reward, beta = Linear(1.7), 0.3
