@@ -37,7 +37,7 @@ from rewards.base import Reward
 from .descent import LBFGS, Adam, Descent, Momentum
 from .levels import at_least_float32
 from .noise import side_generator
-from .outer import Found, Outer, Problem
+from .outer import Found, Outer, Problem, where_rows
 from .rollout import GradWindow, Trajectory
 from .steering import Context
 from .whiteness import Regulariser, penalise
@@ -123,7 +123,7 @@ class NoiseOptimisation(Outer):
             yield
             if index + 1 < self.rounds:
                 stepped = descent.step(z, loss, self.bounded(gradient), diverged, unjudged)
-                z = self.settled(problem, stepped, start, index)
+                z = where_rows(unjudged, z, self.settled(problem, stepped, start, index))
 
     def _takes_any(self, reward: Reward) -> bool:
         """Whether it can do without the reward's gradient."""
@@ -149,8 +149,10 @@ class NoiseOptimisation(Outer):
         with torch.enable_grad():
             made = problem.sample(noise, rows, grad=_from(moving[0]))
             target, rewards, media = self._target(problem, made, noise, rows, index)
-            with problem.ledger.spend("gradient", 0, leaf.device):  # `sample` has counted them
-                (gradient,) = torch.autograd.grad(-target.nansum(), leaf)
+            gradient = torch.zeros_like(leaf)
+            if target.requires_grad or not bool(target.isnan().all()):  # else nothing was judged
+                with problem.ledger.spend("gradient", 0, leaf.device):  # `sample` has counted them
+                    (gradient,) = torch.autograd.grad(-target.nansum(), leaf)
         return Evaluation(rewards.detach(), made.x0.detach(), media.detach(), gradient)
 
     def _target(

@@ -302,13 +302,17 @@ def test_a_batch_is_separate_runs(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_micro_batches_change_nothing(method, diffusion):
+def test_micro_batches_change_nothing(method):
+    results = [run(problem(batch=batch), method(Quadratic(0.3, 2.0), 4)) for batch in (1, 3, 4)]
+    assert torch.equal(results[0].x0, results[1].x0)
+    assert torch.equal(results[0].x0, results[2].x0)
+
+
+def test_micro_batches_of_a_real_model_change_nothing(diffusion):
     results = []
     for batch in (1, 4):
         task = problem(Consistency(), diffusion, seeds=range(4), steps=2, batch=batch)
-        diffusion.few_step = True
-        results.append(run(task, method(Bright(), 3)))
-        diffusion.few_step = False
+        results.append(run(task, DNO(Bright(), 3)))
     torch.testing.assert_close(results[0].x0, results[1].x0, rtol=1e-4, atol=1e-4)
 
 
@@ -424,10 +428,11 @@ class Moody(Linear):
         return scores
 
 
-@pytest.mark.parametrize("method", [ReNO, DNO, DFlow])
+@pytest.mark.parametrize("method", [ReNO(), DNO(), DFlow(), DOODL(jitter=0.0)])
 def test_a_row_that_was_not_judged_stays_and_is_counted(method):
-    moody, z = visited(method(Moody({2}), 6), problem())
-    _, path = visited(method(Moody(()), 6), problem())
+    method.rounds = 6
+    moody, z = visited(method.bind(Moody({2})), problem())
+    _, path = visited(method.bind(Moody(())), problem())
     assert torch.equal(z[3, 0], z[2, 0])
     torch.testing.assert_close(z[3:, 0], path[2:5, 0])
     torch.testing.assert_close(z[:, 1:], path[:, 1:])
@@ -440,6 +445,21 @@ def test_a_row_that_is_never_judged_has_no_result_and_harms_no_other():
     found = run(problem(), ReNO(Moody(range(9)), 5))
     assert best(found)[0, 0] == -torch.inf
     assert (found.history["reward"][-1].flatten()[1:] > found.history["reward"][0].flatten()[1:]).all()
+
+
+def test_a_batch_of_which_nothing_was_judged_stays():
+    """Then there is no graph at all."""
+
+    class Silent(Moody):
+        def measure(self, media, prompts):
+            scores = super().measure(media, prompts)
+            return torch.full_like(scores.detach(), torch.nan) if bool(scores.isnan().any()) else scores
+
+    for method in (ReNO, DNO, DOODL):
+        found, z = visited(method(Silent({2}), 5), problem())
+        assert torch.equal(z[3], z[2])
+        assert not torch.equal(z[4], z[3])
+        assert found.failures == {"Silent": 4}
 
 
 def test_many_step_models_are_told_of_dno():
