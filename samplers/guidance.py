@@ -229,14 +229,14 @@ class TimeTravel(_Windowed):
         super().__init__(start, stop)
         if repeats < 0:
             raise ValueError(f"repeats must be ≥ 0; got {repeats}")
-        self.again = repeats
+        self.repeats = repeats
 
-    def repeats(self, progress: float) -> int:
-        return self.again if self.within(progress) else 0
+    def again(self, progress: float) -> int:
+        return self.repeats if self.within(progress) else 0
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)
-        if self.again and ctx.steering.weighs:
+        if self.repeats and ctx.steering.weighs:
             raise ValueError(
                 "TimeTravel walks steps more than once, which has no density, so that weights cannot be exact: leave it out, or "
                 "choose without weights (BestOfN, CoDe, beta=0)"

@@ -1,7 +1,7 @@
 """The denoising loop: the only one in kilter.
 
 In order, for each step: denoise → `steering.select` (may permute rows) → kernel → `steering.propose` → sample with
-`noise(i + 1)` → round trip through the storage dtype → record. Where `steering.repeats` asks for it, the new state is noised back
+`noise(i + 1)` → round trip through the storage dtype → record. Where `steering.again` asks for it, the new state is noised back
 and the step walked again before rows are selected. Steering, training, search and noise optimisation all call this function.
 """
 
@@ -208,9 +208,9 @@ def rollout(
             building = grad(i, levels.steps)
             opened = opened or building
             with torch.set_grad_enabled(opened):
-                for again in range(steering.repeats(i / levels.steps), 0, -1):
+                for left in range(steering.again(i / levels.steps), 0, -1):
                     law, _ = _step(ctx, x, i, building, select=False)
-                    x = ctx.noised_back(law.sample(ctx.side_noise(again, 1)).to(x.dtype), again)
+                    x = ctx.noised_back(law.sample(ctx.side_noise(left, 1)).to(x.dtype), left)
                 law, base = _step(ctx, x, i, building)
                 x = law.sample(noise(i + 1)).to(x.dtype)
                 if law is not base and steering.weighs:
@@ -268,7 +268,7 @@ def _check(ctx: Context, grad: GradWindow, record: Record) -> None:
         raise ValueError(
             f"{steering} needs gradients of its own, so it cannot steer a rollout that builds a training graph"
         )
-    if (grad is not never or record == "path") and any(steering.repeats(done) for done in progress):
+    if (grad is not never or record == "path") and any(steering.again(done) for done in progress):
         raise ValueError(
             f"{steering} walks steps more than once, which has no log-probability: it cannot steer a rollout that is recorded or "
             "trained on"

@@ -1,7 +1,7 @@
 """The `Steering` noun: what inference-time control does to the loop.
 
 A steering may do three things at a step: `select` (which rows go on: resampling), `propose` (tilt the law of the next
-state) and `repeats` (walk the step more than once). It holds only its configuration; all that changes during a run lives in
+state) and `again` (walk the step more than once). It holds only its configuration; all that changes during a run lives in
 the `Context`, whose per-row quantities follow their rows through every selection.
 """
 
@@ -243,10 +243,10 @@ class Context:
             self.clean = Clean(*(None if part is None else part.detach() for part in self.clean))  # pyright: ignore
         self._entered = None
 
-    def noised_back(self, x: Tensor, again: int) -> Tensor:
-        """A state after this step, noised forward to the level before it; one draw for each `again`."""
+    def noised_back(self, x: Tensor, draw: int) -> Tensor:
+        """A state after this step, noised forward to the level before it; one for each `draw`."""
         now, to = self.levels[self.step + 1], self.levels[self.step]
-        return diffuse_again(at_least_float32(x), self.side_noise(again, 0), now, to).to(x.dtype)
+        return diffuse_again(at_least_float32(x), self.side_noise(draw, 0), now, to).to(x.dtype)
 
     def posterior_draw(self, draw: int) -> Tensor:
         """(B, …) an approximate draw from p(x0 | x_t): half of the remaining way stochastically, then one clean estimate.
@@ -310,7 +310,7 @@ class Steering(ABC):
         """The gradients `propose` will ask for when this share of the steps, in [0, 1), is done."""
         return []
 
-    def repeats(self, progress: float) -> int:
+    def again(self, progress: float) -> int:
         """How often the next step is noised back and walked again when this share of the steps is done."""
         return 0
 
@@ -378,8 +378,8 @@ class Compose(Steering):
         tilts = self.a.tilting(progress) + self.b.tilting(progress)
         return list({(id(tilt.judge), tilt.through): tilt for tilt in tilts}.values())
 
-    def repeats(self, progress: float) -> int:
-        return max(self.a.repeats(progress), self.b.repeats(progress))
+    def again(self, progress: float) -> int:
+        return max(self.a.again(progress), self.b.again(progress))
 
     def rewards(self) -> list[Reward]:
         return list({id(reward): reward for reward in self.a.rewards() + self.b.rewards()}.values())

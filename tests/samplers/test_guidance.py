@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from align.description import build, describe
 from rewards import Brightness, Sharpness, Weighted
 from samplers import (
     CPS,
@@ -551,6 +552,12 @@ def test_guidance_refuses_what_it_cannot_do():
         with pytest.raises(ValueError, match="this model makes tokens"):
             rollout(policy, DDIM(1.0), policy.encode([""]), policy.levels(3), lambda i: torch.full((1, 3), 3),
                     steering=steering)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [Guided(scale=2.0, cap=0.3), Backward(steps=3), TimeTravel(4, 0.1, 0.5)])
+def test_settings_are_written_and_read_back(how):
+    again = build(describe(how))
+    assert type(again) is type(how) and vars(again) == vars(how)
 
 
 @pytest.mark.parametrize(
