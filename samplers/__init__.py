@@ -29,6 +29,7 @@ from .search import PathSearch, RandomSearch, ZeroOrder
 from .smc import SVDD, BestOfN, CoDe, FeynmanKac
 from .steering import FREE, Compose, Context, RewardFailed, Steering
 from .transitions import Categorical, Gaussian, Transition
+from .tree import TreeSampling
 from .values import LatentValue, Value
 
 KILTER = True  # lets `align` recognise a stranger's package of the same name
@@ -87,6 +88,7 @@ __all__ = [
     "TimeTravel",
     "Trajectory",
     "Transition",
+    "TreeSampling",
     "Unmask",
     "Value",
     "ZeroOrder",
