@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -29,12 +29,14 @@ from samplers import (
     Size,
     Steering,
     Trajectory,
+    price,
 )
 from samplers import run as run_problem
 from samplers.steering import FREE
 
 from .budget import Purse, opened
 from .description import describe
+from .footprint import fitting
 from .panel import gold_of, panel_of
 from .results import PLAIN, STEERED, Sample, Steered
 from .world import World
@@ -123,9 +125,8 @@ def steer(
     result = Steered([], [], {}, config)
     per_chunk = max(1, batch // run.particles)
     arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
-    with _bar(
-        progress and world.first, len(prompts), per_chunk * world.size, run.levels.steps, arms, watch, seen
-    ) as tick:
+    bar = _bar(progress and world.first, len(prompts), per_chunk * world.size, run.levels.steps, arms, watch, seen)
+    with run.fitting(prompts, per_chunk), bar as tick:
         run.all(result, prompts, arms, per_chunk, tick, world)
     if world.size > 1:
         run.merge(result, per_chunk, world)
@@ -163,11 +164,15 @@ def prepared(
     gold = gold_of(policy, prompts) if gold == "auto" else gold
     panel = panel_of([*steering.rewards(), *rewards], gold)
     how = (policy, kernel, levels, shape, guidance, steering, particles or PARTICLES, seed, panel, batch)
-    return Run(*how), prompts
+    run = Run(*how)
+    run.size = pixels
+    return run, prompts
 
 
 class Run:
     """What stays the same over the chunks and arms of one call."""
+
+    size: Size
 
     def __init__(self, policy, kernel, levels, shape, guidance, steering, particles, seed, panel, batch) -> None:
         self.policy, self.kernel, self.levels, self.shape, self.guidance = policy, kernel, levels, shape, guidance
@@ -203,6 +208,17 @@ class Run:
             return self.plan(budget, prompts, asked, World(cpu=True), False)
         self.particles = asked or self.steering.least
         return self.check(prompts[0])
+
+    def fitting(self, prompts: list[Prompt], per_chunk: int) -> AbstractContextManager[None]:
+        """Lets the network take the rows of a chunk a few at a time if they would not fit in memory together."""
+        cond = self.policy.encode(prompts[:1]).with_guidance(self.guidance)
+
+        def differentiates() -> bool:
+            cost = price(self.steering, self.policy, self.kernel, self.levels, cond, self.steering.least, self.shape)
+            return cost.first["gradient"] + cost.then["gradient"] > 0
+
+        rows = self.particles * min(per_chunk, len(prompts))
+        return fitting(self.policy, cond, self.levels, self.shape, self.size, rows, differentiates)
 
     def check(self, prompt: Prompt) -> None:
         """Raises now what the steered arm would raise only after the plain arm has run."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import weakref
 from pathlib import Path
 
 import matplotlib
@@ -20,47 +19,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import align
 from align import Lora, Memory
 from align.adapters import add_lora
+from align.footprint import LiveBytes
 from samplers import DDIM, SeededNoise, always, rollout
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODES = ("none", "block", "step")
 LIMITS = {"growth": 1.1, "time": 4.3}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages made inside the context and still referenced; `peak` is their highest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self._count(t.untyped_storage(), given)
-        return out
-
-    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key = storage._cdata
-        if key in self.known or key in given:
-            return
-        self.known.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def gradient(policy, steps: int, batch: int) -> None:

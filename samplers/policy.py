@@ -106,6 +106,7 @@ class Policy(Configurable, nn.Module, ABC):
             blocks ("block"), or nothing.
         uncond_grad: whether the unconditional branch of guidance carries a gradient.
         decode_chunk: samples decoded at a time, which bounds the decoder's memory; the result does not change.
+        rows_at_once: samples the network takes at a time, likewise; None takes all.
         sharded: whether the frozen weights are spread over processes, which must then call the network equally often.
         voices: earlier weights of what is trained, by the name under which they may speak; see `remember`.
     """
@@ -124,6 +125,7 @@ class Policy(Configurable, nn.Module, ABC):
     checkpointing: Checkpointing = "step"
     uncond_grad: bool = True
     decode_chunk: int = 8
+    rows_at_once: int | None = None
     sharded: bool = False
 
     def __init__(self) -> None:
@@ -198,7 +200,19 @@ class Policy(Configurable, nn.Module, ABC):
         return to_clean(self.prediction, self.output(x, at, cond), x, at)
 
     def output(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
-        """What the network predicts, guidance applied."""
+        """What the network predicts, guidance applied; in the backward pass each part of a split batch is recomputed."""
+        if self.rows_at_once is None or len(x) <= self.rows_at_once:
+            return self._output(x, at, cond)
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        recomputed = torch.is_grad_enabled() and self.checkpointing != "none"
+        parts = []
+        for first in range(0, len(x), self.rows_at_once):
+            rows = slice(first, first + self.rows_at_once)
+            one = (x[rows], at if at.t.ndim == 0 else at[rows], cond[rows])
+            parts.append(checkpoint(self._output, *one, **again) if recomputed else self._output(*one))  # pyright: ignore
+        return torch.cat(parts)
+
+    def _output(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
         if not cond.guided:
             return self.predict(x, at, cond)
         doubled = at if at.t.ndim == 0 else Levels(*(torch.cat([v, v]) for v in (at.t, at.alpha, at.sigma)))
