@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from samplers import DDIM, ODE, PCN, PCNL, NoiseBank, Problem, SeededNoise, Unmask, run
+import align
+from rewards import CrossEncoder
+from samplers import DDIM, ODE, PCN, PCNL, BestOfN, NoiseBank, Problem, SeededNoise, Unmask, run
 from samplers.families.gaussian import GaussianPolicy
 from samplers.metropolis import Chains
 from tests.conftest import Linear, Quadratic, TokenReward
@@ -264,3 +266,22 @@ def test_tokens_have_no_gradient_and_start_masked():
         run(one, PCNL(Linear()))
     with pytest.raises(ValueError, match="all masks"):
         run(one, PCN(Linear(), noises="initial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steering", [PCN(beta=0.5, step=0.7), PCNL(beta=0.5, step=0.5)], ids=["pcn", "pcnl"])
+def test_chains_on_the_embedded_few_step_model_agree_with_weighted_samples(steering):
+    """E[r] under the tilted law: of 512 plain samples weighted by exp(r/beta), and of chains."""
+    policy, reward, chains = align.load_policy("tiny-turbo", device="cpu"), CrossEncoder(), 24
+    how = {"steps": 2, "particles": chains, "plain": False, "gold": None, "batch": 64}
+    prompt = "an orange ring left of a black square"
+    free = align.steer(policy, prompt, BestOfN(reward), **{**how, "particles": 512, "batch": 512, "seed": 1000})
+    r = torch.tensor([s.scores["CrossEncoder"] for s in free.samples], dtype=torch.float64)
+    w = (r / 0.5).softmax(0)
+    tilted = float((w * r).sum())
+    error = float((w * (r - tilted)).square().sum().sqrt())
+    seen = []
+    align.steer(policy, prompt, steering.bind(reward), **how, seen=lambda iterate: seen.append(iterate.rewards))
+    means = torch.cat(seen[25:]).mean(0)  # (chains,)
+    assert tilted > r.mean() + 4 * error
+    assert abs(means.mean() - tilted) < 4 * math.hypot(error, means.std() / chains**0.5)

@@ -39,7 +39,7 @@ METHODS = [
     RandomSearch(Linear(), rounds=4, draws=2, growth=2, noises="initial"),
     ZeroOrder(Linear(), rounds=5, neighbours=3),
     ZeroOrder(Linear(), rounds=5, neighbours=3, noises="initial"),
-    PathSearch(Linear(), branches=3),
+    PathSearch(Linear(), branches=3, begin=0.5, back=0.3, forth=0.5),
     PCN(Linear(), 1.0, rounds=5, burn_in=2),
     PCNL(Linear(), 1.0, rounds=5, burn_in=2),
 ]
@@ -177,12 +177,14 @@ def test_fresh_draws_are_best_of_n(chains, rounds):
     assert few.ledger["network_evaluations"] == many.ledger["network_evaluations"]
 
 
-def test_rounds_may_grow():
-    ended = run(problem(), RandomSearch(Linear(), rounds=5, draws=2, growth=2))
-    single = run(problem(), RandomSearch(Linear(), rounds=31)).history["reward"]
+@pytest.mark.parametrize("reward", [Linear(), Picky()], ids=["all", "some"])
+def test_rounds_may_grow(reward):
+    """Every round shows its best draw; any judgement is better than none."""
+    ended = run(problem(), RandomSearch(reward, rounds=5, draws=2, growth=2))
+    single = run(problem(), RandomSearch(reward, rounds=31)).history["reward"].nan_to_num(-torch.inf)
     assert ended.ledger.counts["reward"] == 4 * (1 + 2 + 4 + 8 + 16)
     expected = [draws.amax(0) for draws in single.split([1, 2, 4, 8, 16])]
-    torch.testing.assert_close(ended.history["reward"], torch.stack(expected))
+    torch.testing.assert_close(ended.history["reward"].nan_to_num(-torch.inf), torch.stack(expected))
 
 
 @pytest.mark.parametrize("n", [2, 4, 16])
@@ -234,20 +236,20 @@ def test_zero_order_climbs_and_draws_a_new_base_where_it_cannot():
 
     reward, noises = Heard(), []
     watched = problem(["a"], 1, seen=lambda iterate: noises.append(torch.cat(iterate.found.last_noise)))
-    ended = run(watched, ZeroOrder(reward, rounds=30, neighbours=4))
+    ended = run(watched, ZeroOrder(reward, rounds=30, neighbours=1))
     judged = iter(reward.scores)
     base, stuck = next(judged), False
     shown, moved = [base], []
     for _ in range(29):
         base = next(judged) if stuck else base
-        near = max(itertools.islice(judged, 4))
+        near = next(judged)
         shown.append(max(near, base) if stuck else near)
         stuck = near <= base
         moved.append(not stuck)
         base = near
     assert ended.history["reward"].flatten().tolist() == shown
     assert ended.history["moved"].flatten().tolist() == moved
-    assert 5 < sum(moved) < 28
+    assert 8 < sum(moved) < 22
     assert next(judged, None) is None
     for (here, there), before in zip(itertools.pairwise(noises[1:]), moved, strict=False):
         cosines = torch.cosine_similarity(here, there, dim=1)
@@ -393,3 +395,17 @@ def test_few_step_models_are_searched(method, steps, consistent):
     assert len(set(seen)) > method.rounds
     if method.keeps == "best":
         assert all(a <= b for a, b in zip(plain, steered, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [RandomSearch(rounds=9), ZeroOrder(rounds=3), PathSearch(branches=2)], ids=repr)
+def test_search_finds_better_pictures_on_the_embedded_few_step_model(method):
+    """Nine samples a chain: the reward that is searched by rises, and so does the detector that is not."""
+    from rewards import CrossEncoder
+
+    policy = align.load_policy("tiny-turbo", device="cpu")
+    prompts = ["an orange ring left of a black square", "three black squares", "a black cross below a green star"]
+    result = align.steer(policy, prompts, method.bind(CrossEncoder()), particles=6)
+    for name in ("CrossEncoder", "gold"):
+        plain, found = (torch.tensor([s.scores[name] for s in result.arm(arm)]) for arm in ("plain", "steered"))
+        assert z_score(found - plain, 0.0) > 2.5, name
