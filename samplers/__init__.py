@@ -25,6 +25,7 @@ from .rollout import (
     random_truncation,
     rollout,
 )
+from .rollover import RolloverBudget
 from .search import PathSearch, RandomSearch, ZeroOrder
 from .smc import SVDD, BestOfN, CoDe, FeynmanKac
 from .steering import FREE, Compose, Context, RewardFailed, Steering
@@ -80,6 +81,7 @@ __all__ = [
     "RandomSearch",
     "ReNO",
     "RewardFailed",
+    "RolloverBudget",
     "Scheme",
     "SeededNoise",
     "ShiftedNoise",

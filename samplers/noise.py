@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Noise", "NoiseBank", "SeededNoise", "side_generator"]
+__all__ = ["Noise", "NoiseBank", "SeededNoise", "onward", "side_generator"]
 
 Noise = Callable[[int], Tensor]
 _MASK = (1 << 64) - 1
@@ -100,3 +100,8 @@ def side_generator(noise: Noise, row: int, *keys: int) -> torch.Generator:
     """A generator for decisions beside the noise itself (resampling, look-ahead draws), tied to a row's seed if it has one."""
     seed = noise.seeds[row] if isinstance(noise, SeededNoise) else row
     return torch.Generator().manual_seed(mix(seed, 0x51DE, *keys))
+
+
+def onward(x: Tensor, noise: Noise, begin: int) -> Noise:
+    """The noise of a run that begins at a step `begin` of the whole, in states x (B, …)."""
+    return lambda i: x if i == 0 else noise(begin + i)

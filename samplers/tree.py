@@ -39,7 +39,7 @@ from torch import Tensor
 
 from rewards.base import Reward
 
-from .noise import Noise, side_generator
+from .noise import onward, side_generator
 from .outer import Found, Outer, Problem
 from .resampling import soft_mean
 from .steering import Context
@@ -269,7 +269,7 @@ def _rolled_out(problem: Problem, children: Sequence[Node], forks: Sequence[int]
     for begin, end in itertools.pairwise([*sorted(set(starts.tolist())), last]):
         kept = [i for i in (*forks, last) if begin < i <= end]
         for part in problem.parts((starts <= begin).nonzero()[:, 0]):
-            noise = _onward([x[row] for row in part.tolist()], problem.noise_of(part, stream), begin)
+            noise = onward(torch.stack([x[row] for row in part.tolist()]), problem.noise_of(part, stream), begin)
             path = problem.sample(noise, part, start=begin, stop=end, record="path").latents
             assert path is not None
             for row, states in zip(part.tolist(), path[:, [i - begin for i in kept]].cpu(), strict=True):
@@ -286,11 +286,6 @@ def _beginnings(problem: Problem, children: Sequence[Node], stream: int) -> list
     fresh = problem.noise_of(torch.tensor(roots), stream)(0).to("cpu", problem.policy.dtype) if roots else ()
     drawn = dict(zip(roots, fresh, strict=True))
     return [drawn.get(row, parent.state) for row, parent in enumerate(parents)]  # pyright: ignore
-
-
-def _onward(states: Sequence[Tensor], noise: Noise, begin: int) -> Noise:
-    """The noise of a rollout that begins at a step in the given states."""
-    return lambda i: torch.stack(list(states)) if i == 0 else noise(begin + i)
 
 
 def _states(nodes: Iterable[Node], problem: Problem) -> Tensor:
