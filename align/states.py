@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rewards import Prompt, Reward
 from rewards.files import whole
 from samplers import Levels, Policy, SeededNoise, diffuse
-from samplers.values import EarlyLayers
+from samplers.values import features
 
 from .given import Encoded
 from .learning.data import compare
@@ -34,6 +34,7 @@ __all__ = ["Kind", "States", "StatesOf"]
 
 Kind = Literal["path", "diffused"]
 SAMPLE, NOISE, LEVEL = 1, 2, 3  # what seeds are mixed for
+COMPARED = 32  # samples of a prompt that are compared with one another
 ESTIMATED = 8  # columns whose clean estimates are judged, for comparison
 
 
@@ -70,7 +71,7 @@ class StatesOf:
     """Makes states.
 
     Args:
-        early: what looks at them.
+        layers: of the network, that are read.
         reward: judges samples; None where they were compared.
         sampling: how samples are made.
         kind: which states.
@@ -81,14 +82,14 @@ class StatesOf:
     def __init__(
         self,
         policy: Policy,
-        early: EarlyLayers,
+        layers: Sequence[str],
         reward: Reward | None,
         sampling: Sampling,
         kind: Kind,
         levels: int,
         seed: int,
     ) -> None:
-        self.policy, self.early, self.reward, self.sampling = policy, early, reward, sampling
+        self.policy, self.layers, self.reward, self.sampling = policy, layers, reward, sampling
         self.kind, self.seed = kind, seed
         self.levels = min(levels, sampling.levels.steps) if kind == "path" else levels
 
@@ -116,9 +117,11 @@ class StatesOf:
                     whole(file, lambda path: torch.save(parts, path), durable=False)
                     last = time.monotonic()
         seen, noise, estimate, reward = (torch.cat(column) for column in zip(*parts, strict=True))
-        prompt = torch.tensor([p for p, _ in rows])
-        within = (prompt[:, None] == prompt) & (reward[:, None] > reward)
-        return States(seen, noise, estimate, reward, prompt, within.nonzero())
+        pairs = torch.combinations(torch.arange(min(samples, COMPARED)))
+        pairs = (pairs + samples * torch.arange(len(prompts))[:, None, None]).flatten(0, 1)
+        first, second = reward[pairs].T
+        pairs = torch.where((first > second)[:, None], pairs, pairs.flip(1))[(first - second).abs() > 0]
+        return States(seen, noise, estimate, reward, torch.tensor([p for p, _ in rows]), pairs)
 
     def compared(self, records: Sequence[Record], progress: bool) -> States:
         """States of images that people have compared, noised."""
@@ -177,7 +180,7 @@ class StatesOf:
         flat = x.flatten(0, 1).to(self.policy.device, self.policy.dtype if x.is_floating_point() else x.dtype)
         with torch.no_grad():
             seen = [
-                self.early.see(self.policy, flat[rows], at[rows], cond[rows // self.levels]).cpu()
+                features(self.policy, self.layers, flat[rows], at[rows], cond[rows // self.levels]).cpu()
                 for rows in torch.arange(len(flat)).split(self.sampling.rows)
             ]
         noise = (at.sigma / (at.alpha + at.sigma)).float()

@@ -32,7 +32,7 @@ from rewards import Prompt, Reward
 from rewards.files import whole
 from samplers import Kernel, Policy
 from samplers.noise import mix
-from samplers.values import CONFIG, FORMAT, WEIGHTS, EarlyLayers, early_layers
+from samplers.values import CONFIG, FORMAT, WEIGHTS, ValueHead, early_layers, probe
 
 from .charts import page
 from .data import read_feedback
@@ -167,13 +167,12 @@ def train_value(
         "fit": {k: v for k, v in asdict(config).items() if k != "rows"},
     }
     layers = early_layers(policy.network) if config.layers is None else list(config.layers)
-    early = EarlyLayers(layers, 1, ())
-    width, probe = early.probe(policy)
+    width, recognised = probe(policy, layers)
     rows = torch.arange(len(listed)).repeat_interleave(config.samples)
     held = None if preferences is not None else _held(rows, config)
     folder = _opened(out, about, overwrite)
     (folder / ASKED).write_text(json.dumps(about))
-    maker = StatesOf(policy, early, reward, sampling, config.states, config.levels, config.seed)
+    maker = StatesOf(policy, layers, reward, sampling, config.states, config.levels, config.seed)
     if held is None:
         assert preferences is not None
         states = maker.compared(read_feedback(preferences, "preferences").records, progress)
@@ -184,9 +183,9 @@ def train_value(
     known = states.reward.isfinite() | (preferences is not None)
     train, test = states.take((known & ~held).nonzero()[:, 0]), states.take((known & held).nonzero()[:, 0])
     _enough(train, test, config)
-    early, curve = fit_value(train, test, config, layers, progress)
-    report = _judged(early, test, curve) | {"unjudged": int((~known).sum()), "samples": len(states.seen)}
-    _write(folder, {**about, "layers": layers, "width": width, "hidden": list(config.hidden)}, early, probe)
+    head, curve = fit_value(train, test, config, progress)
+    report = _judged(head, test, curve) | {"unjudged": int((~known).sum()), "samples": len(states.seen)}
+    _write(folder, {**about, "layers": layers, "width": width, "hidden": list(config.hidden)}, head, recognised)
     (folder / REPORT).write_text(json.dumps(finite(report), indent=1) + "\n")
     _draw(folder / PICTURE, report, config.loss)
     for name in (ASKED, STATES):
@@ -195,8 +194,8 @@ def train_value(
 
 
 def fit_value(
-    train: States, test: States, config: ValueConfig, layers: Sequence[str] = (), progress: bool = False
-) -> tuple[EarlyLayers, list[tuple[int, float, float]]]:
+    train: States, test: States, config: ValueConfig, progress: bool = False
+) -> tuple[ValueHead, list[tuple[int, float, float]]]:
     """A head fitted to states, and (update, loss, held-out loss) as it was learned; the weights are those of the best look.
 
     Raises:
@@ -204,17 +203,17 @@ def fit_value(
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        early = EarlyLayers(layers, train.seen.shape[-1], config.hidden)
+        head = ValueHead(train.seen.shape[-1], config.hidden)
     features = train.seen.flatten(0, 1)
-    early.mean, early.std = features.mean(0), features.std(0).clamp(min=1e-6)
+    head.mean, head.std = features.mean(0), features.std(0).clamp(min=1e-6)
     if config.loss != "preference":
-        early.scale = torch.stack([train.reward.mean(), train.reward.std(correction=0).clamp(min=1e-6)])
-    weights = list(early.head.requires_grad_(True).parameters())
+        head.scale = torch.stack([train.reward.mean(), train.reward.std(correction=0).clamp(min=1e-6)])
+    weights = list(head.head.requires_grad_(True).parameters())
     optimizer = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.updates)
-    curve, best, kept, total = [], math.inf, copy.deepcopy(early.head.state_dict()), 0.0
+    curve, best, kept, total = [], math.inf, copy.deepcopy(head.head.state_dict()), 0.0
     for i in tqdm(range(config.updates), "learning", disable=not progress):
-        loss = _loss(early, *_batch(train, config, i), config)
+        loss = _loss(head, *_batch(train, config, i), config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -222,26 +221,26 @@ def fit_value(
         total += loss.detach()
         if (i + 1) % EVERY == 0 or i + 1 == config.updates:
             with torch.no_grad():
-                told = float(_loss(early, *_all(test, config), config))
+                told = float(_loss(head, *_all(test, config), config))
             curve.append((i + 1, float(total) / ((i % EVERY) + 1), told))
             total = 0.0
             if told < best:
-                best, kept = told, copy.deepcopy(early.head.state_dict())
+                best, kept = told, copy.deepcopy(head.head.state_dict())
     if not math.isfinite(best):
         raise ValueError(
             f"the loss of what is held out is never finite: lower learning_rate, now {config.learning_rate:g}"
         )
-    early.head.load_state_dict(kept)
-    return early.requires_grad_(False), curve
+    head.head.load_state_dict(kept)
+    return head.requires_grad_(False), curve
 
 
-def _loss(early: EarlyLayers, seen: Tensor, reward: Tensor, config: ValueConfig) -> Tensor:
+def _loss(head: ValueHead, seen: Tensor, reward: Tensor, config: ValueConfig) -> Tensor:
     """The mean loss of states (B, D) and rewards (B,), or of pairs of states (2, B, D)."""
-    value = early(seen.flatten(0, -2)).unflatten(0, seen.shape[:-1])
+    value = head(seen.flatten(0, -2)).unflatten(0, seen.shape[:-1])
     if config.loss == "preference":
         return F.softplus(value[1] - value[0]).mean()
     if config.loss == "mse":
-        return ((reward - value) / early.scale[1]).square().mean()
+        return ((reward - value) / head.scale[1]).square().mean()
     ahead = (reward - value) / config.beta
     bent = ahead.clamp(max=CAP)
     return (bent.exp() * (1 + ahead - bent) - ahead - 1).mean()
@@ -317,9 +316,9 @@ def _enough(train: States, test: States, config: ValueConfig) -> None:
 
 
 @torch.no_grad()
-def _judged(early: EarlyLayers, test: States, curve: list[tuple[int, float, float]]) -> dict[str, Any]:
+def _judged(head: ValueHead, test: States, curve: list[tuple[int, float, float]]) -> dict[str, Any]:
     """How well the value foretells the reward at each level, beside the reward of the decoded clean estimate."""
-    value = early(test.seen.flatten(0, 1)).unflatten(0, test.seen.shape[:2])
+    value = head(test.seen.flatten(0, 1)).unflatten(0, test.seen.shape[:2])
     report: dict[str, Any] = {"noise": test.noise.mean(0).tolist(), "curve": curve}
     lead = (value[test.pairs[:, 0]] - value[test.pairs[:, 1]]).sign()
     report["accuracy"] = ((lead + 1) / 2).mean(0).tolist()
@@ -346,11 +345,11 @@ def _correlations(told: Tensor, reward: Tensor, prompt: Tensor) -> tuple[float, 
     return first, second if bool((count > 1).any()) else math.nan
 
 
-def _write(folder: Path, config: Mapping[str, Any], early: EarlyLayers, probe: Tensor) -> None:
+def _write(folder: Path, config: Mapping[str, Any], head: ValueHead, recognised: Tensor) -> None:
     """The two files of a value, the config last: without it there is none."""
     from safetensors.torch import save
 
-    tensors = {k: v.detach().cpu().contiguous() for k, v in {**early.state_dict(), "probe": probe}.items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in {**head.state_dict(), "probe": recognised}.items()}
     for name, data in ((WEIGHTS, save(tensors)), (CONFIG, _json({"format": FORMAT, **config}))):
         whole(folder / name, lambda file, data=data: file.write_bytes(data))
 

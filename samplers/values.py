@@ -34,7 +34,7 @@ from .levels import Levels, at_least_float32
 if TYPE_CHECKING:
     from .policy import Cond, Policy
 
-__all__ = ["EarlyLayers", "LatentValue", "Value", "early_layers"]
+__all__ = ["LatentValue", "Value", "ValueHead", "early_layers", "features", "probe"]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -100,13 +100,12 @@ class LatentValue(Value):
                 f"{model} has format {config.get('format')!r}; this version reads {FORMAT}: train it again, or update"
             )
         self.model, self.config = str(folder), config
-        self.layers = EarlyLayers(config["layers"], config["width"], config["hidden"])
-        probe = weights.pop("probe")
+        self.head = ValueHead(config["width"], config["hidden"])
+        self.register_buffer("probe", weights.pop("probe"), persistent=False)
         try:
-            self.layers.load_state_dict(weights)
+            self.head.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"{model} does not hold the weights that its {CONFIG} describes: {error}") from error
-        self.register_buffer("probe", probe, persistent=False)
         self.requires_grad_(False)
 
     def attach(self, policy: Policy) -> None:
@@ -115,7 +114,7 @@ class LatentValue(Value):
         if policy.sharded:
             raise ValueError(f"{self.name} reads single layers, which a sharded network does not have: do not shard it")
         self.to(policy.device)
-        width, heard = self.layers.probe(policy)
+        width, heard = probe(policy, self.config["layers"])
         if width != self.config["width"] or (heard - self.probe).norm() > ALIKE * self.probe.norm():
             raise ValueError(
                 f"{self.model} was trained on another model than {policy.source or type(policy).__name__}, whose early layers say "
@@ -124,62 +123,63 @@ class LatentValue(Value):
         object.__setattr__(self, "policy", policy)  # beside the module, not part of it
 
     def forward(self, x: Tensor, at: Levels, cond: Cond, prompts: Sequence[Prompt]) -> Tensor:
-        return self.layers(self.layers.see(self.policy, x, at, cond))
+        return self.head(features(self.policy, self.config["layers"], x, at, cond))
 
 
-class EarlyLayers(nn.Module):
-    """What early layers of a network see of a state, and a head that makes a value of it.
-
-    Features are channel means of the state and of the layers' outputs, harmonics of the level's angle atan(σ/α), and the
-    condition, averaged over its tokens.
+class ValueHead(nn.Module):
+    """Layers that make a value of features.
 
     Args:
-        layers: names of the network's modules; the network runs until all of them have spoken.
         width: how many features there are.
-        hidden: widths of the head's layers.
+        hidden: widths of the layers.
     """
 
     mean: Tensor
     std: Tensor
     scale: Tensor
 
-    def __init__(self, layers: Sequence[str], width: int, hidden: Sequence[int]) -> None:
+    def __init__(self, width: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.names, self.hidden = list(layers), list(hidden)
-        widths = [width, *hidden, 1]
-        steps = [(nn.SiLU(), nn.Linear(a, b)) for a, b in itertools.pairwise(widths)]
-        self.head = nn.Sequential(*itertools.chain(*steps)).requires_grad_(False)[1:]
+        layers = [(nn.SiLU(), nn.Linear(a, b)) for a, b in itertools.pairwise([width, *hidden, 1])]
+        self.head = nn.Sequential(*itertools.chain(*layers))[1:]
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
         self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # mean and spread of the rewards
 
-    def see(self, policy: Policy, x: Tensor, at: Levels, cond: Cond) -> Tensor:
-        """(B, width) features in float32, part of the graph if `x` is."""
-        angle = torch.atan2(at.sigma, at.alpha).to(x.device, torch.float32).expand(len(x))
-        turns = 2 * angle[:, None] * torch.arange(1, HARMONICS + 1, device=x.device)
-        told = [value if value.ndim > 1 else value[:, None] for value in cond.positive.values()]
-        parts = [_averaged(x, tokens=False)] if x.is_floating_point() else []
-        parts += [_averaged(said) for said in _heard(policy, self.names, x, at, cond)]
-        parts += [
-            turns.cos(),
-            turns.sin(),
-            *(value.flatten(1, -2).mean(1) if value.ndim > 2 else value for value in told),
-        ]
-        return torch.cat([part.to(x.device, torch.float32) for part in parts], 1)
-
     def forward(self, seen: Tensor) -> Tensor:
-        """(B,) values of features."""
+        """(B,) values of features (B, width)."""
         mean, spread = self.scale
         return mean + spread * self.head((seen - self.mean) / self.std).squeeze(1)
 
-    @torch.no_grad()
-    def probe(self, policy: Policy) -> tuple[int, Tensor]:
-        """How many features there are, and what the layers say of one state made by rule, by which a network is recognised."""
-        g = torch.Generator().manual_seed(0)
-        x = torch.randn(1, *policy.shape(policy.size), generator=g).to(policy.device, policy.dtype)
-        at, cond = policy.levels(2, policy.size)[1], policy.encode(["a photo"])
-        heard = [_averaged(said).float()[0] for said in _heard(policy, self.names, x, at, cond)]
-        return self.see(policy, x, at, cond).shape[1], torch.cat([x.new_empty(0, dtype=torch.float32), *heard])
+
+def features(policy: Policy, layers: Sequence[str], x: Tensor, at: Levels, cond: Cond) -> Tensor:
+    """(B, width) what a value looks at, in float32, part of the graph if `x` is.
+
+    These are channel means of the state and of what the layers put out, harmonics of the level's angle atan(σ/α), and the
+    condition, averaged over its tokens.
+
+    Args:
+        layers: names of the network's modules; it runs until all of them have spoken.
+    """
+    angle = torch.atan2(at.sigma, at.alpha).to(x.device, torch.float32).expand(len(x))
+    turns = 2 * angle[:, None] * torch.arange(1, HARMONICS + 1, device=x.device)
+    parts = [x.flatten(2).mean(2) if x.ndim > 2 else x] if x.is_floating_point() else []
+    parts += _heard(policy, layers, x, at, cond)
+    parts += [turns.cos(), turns.sin()]
+    parts += [
+        told.flatten(1, -2).mean(1) if told.ndim > 2 else told.reshape(len(x), -1) for told in cond.positive.values()
+    ]
+    return torch.cat([part.to(x.device, torch.float32) for part in parts], 1)
+
+
+@torch.no_grad()
+def probe(policy: Policy, layers: Sequence[str]) -> tuple[int, Tensor]:
+    """How many features there are, and what the layers say of one state made by rule, by which a network is recognised."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *policy.shape(policy.size), generator=g).to(policy.device, policy.dtype)
+    at, cond = policy.levels(2, policy.size)[1], policy.encode(["a photo"])
+    heard = _heard(policy, layers, x, at, cond)
+    return features(policy, layers, x, at, cond).shape[1], torch.cat([x.new_empty(1, 0), *heard], 1)[0].float()
 
 
 def early_layers(network: nn.Module) -> list[str]:
@@ -198,7 +198,7 @@ class _Enough(Exception):
 
 
 def _heard(policy: Policy, names: Sequence[str], x: Tensor, at: Levels, cond: Cond) -> list[Tensor]:
-    """What layers put out, without running the layers after the last of them, and without guidance."""
+    """Channel means (B, C) of what layers put out; those after the last of them do not run, nor does guidance."""
     if not names:
         return []
     heard: dict[str, Tensor] = {}
@@ -217,7 +217,7 @@ def _heard(policy: Policy, names: Sequence[str], x: Tensor, at: Levels, cond: Co
             hooks.append(policy.network.get_submodule(name).register_forward_hook(listen(name)))
         policy.predict(x, at, cond)
     except _Enough:
-        return [heard[name] for name in names]
+        return [_averaged(heard[name]) for name in names]
     except AttributeError as error:
         raise ValueError(f"{type(policy.network).__name__} has no layer that is named like {names}: {error}") from error
     finally:
@@ -226,12 +226,10 @@ def _heard(policy: Policy, names: Sequence[str], x: Tensor, at: Levels, cond: Co
     raise ValueError(f"layers {sorted(set(names) - set(heard))} of {type(policy.network).__name__} do not run")
 
 
-def _averaged(x: Tensor, tokens: bool = True) -> Tensor:
-    """(B, C): (B, C, …) averaged over positions; (B, L, C) over tokens."""
-    x = at_least_float32(x)
-    if x.ndim == 3 and tokens:
-        return x.mean(1)
-    return x.flatten(2).mean(2) if x.ndim > 2 else x
+def _averaged(said: Tensor) -> Tensor:
+    """(B, C) in at least float32: (B, C, H, W, …) averaged over positions, (B, L, C) over tokens."""
+    said = at_least_float32(said)
+    return said.mean(1) if said.ndim == 3 else said.flatten(2).mean(2) if said.ndim > 3 else said
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
