@@ -23,6 +23,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/train_shapes.py
+	$(BIN)/python benchmarks/rlcm.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/learn_rewards.py
