@@ -1,12 +1,12 @@
 """Is reinforcement faster on a consistency model? RLCM on tiny-turbo against DDPO on tiny-sd, side by side.
 
 Both learn compressibility, the first task of both papers, as configs/tiny/rlcm.yaml and configs/tiny/ddpo.yaml say but for the
-reward: the pictures of the two models are alike, so both begin at nearly the same value, and what it costs to reach another can
-be compared. Both take equally many samples an update and are judged as they go, from the same seeds, on every fourth held-out
+reward and the number of updates: the pictures of the two models are alike, so both begin at nearly the same value, and what it
+costs to reach another can be compared. Both take equally many samples an update and are judged as they go, from the same seeds, on every fourth held-out
 prompt; one seed each. Gold shows what compression does to the pictures.
 
 The published comparison is of 8 steps with 50. Here it is of 2 with 4: DDPO's configuration takes four guidance-free steps
-where tiny-sd's own are twenty with guidance, which would make it ten times as costly.
+where tiny-sd's own are twenty with guidance, which would make it more than ten times as costly.
 
     python benchmarks/rlcm.py [--only rlcm]     # the other is read from the results
 
