@@ -405,7 +405,7 @@ def test_search_finds_better_pictures_on_the_embedded_few_step_model(method):
 
     policy = align.load_policy("tiny-turbo", device="cpu")
     prompts = ["an orange ring left of a black square", "three black squares", "a black cross below a green star"]
-    result = align.steer(policy, prompts, method.bind(CrossEncoder()), particles=6)
+    result = align.steer(policy, prompts, method.bind(CrossEncoder()), particles=12)
     for name in ("CrossEncoder", "gold"):
         plain, found = (torch.tensor([s.scores[name] for s in result.arm(arm)]) for arm in ("plain", "steered"))
         assert z_score(found - plain, 0.0) > 2.5, name
