@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from rewards import Reward
+import align
+from align.prompts import read_prompts
+from rewards import CrossEncoder, Reward, Shapes
 from samplers import DDIM, DNO, DOODL, ODE, Consistency, DFlow, Problem, ReNO, SeededNoise, Trajectory, run
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
@@ -25,7 +27,7 @@ def gaussian(few_step=True, width=WIDTH):
 
 def problem(kernel=None, policy=None, seeds=(0, 1, 2, 3), particles=2, steps=STEPS, **options):
     policy = policy or gaussian()
-    prompts = ["a cat", "a dog", "a cow"][: len(seeds) // particles]
+    prompts = options.pop("prompts", ["a cat", "a dog", "a cow"][: len(seeds) // particles])
     noise = SeededNoise(seeds, policy.shape(policy.size), dtype=policy.dtype)
     how = {"particles": particles, "prompts": prompts, **options}
     return Problem(policy, kernel or DDIM(1.0), policy.encode(prompts), policy.levels(steps, policy.size), noise, **how)
@@ -521,3 +523,46 @@ def test_a_real_model_climbs(method, diffusion):
     task = problem(DDIM(1.0), diffusion, seeds=(0, 1), particles=1, steps=2)
     found = run(task, method.bind(Bright()))
     assert (best(found).flatten() > found.history["reward"][0].flatten()).all()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Held-out prompts of every task of the embedded world."""
+    return read_prompts(["assets/prompts/heldout.jsonl"])[5::24]
+
+
+def climbed(method, model, prompts, steps):
+    """Proxy and gold of every iterate, and gold of the best so far: (rounds,) each, means over prompts."""
+    policy, gold, curves = align.load_policy(model, device="cpu"), Shapes(), {"gold": [], "gold of best": []}
+
+    def seen(iterate):
+        for name, media in (("gold", iterate.found.last[2]), ("gold of best", iterate.found.media)):
+            curves[name].append(gold(media, prompts).mean())
+
+    kernel = policy.kernel if policy.few_step else ODE()
+    seeds = [1000 * p for p in range(len(prompts))]
+    task = problem(kernel, policy, seeds, 1, steps, prompts=prompts, seen=seen)
+    found = run(task, method.bind(CrossEncoder()))
+    assert (best(found) >= found.history["reward"][0]).all()
+    proxies = {name: found.history[name].mean((1, 2)).float() for name in ("reward", "best")}
+    return proxies | {name: torch.stack(curve) for name, curve in curves.items()}
+
+
+@pytest.mark.slow
+def test_reno_raises_proxy_and_gold_until_it_is_let_loose(prompts):
+    """Unregularised and unclipped it finds higher rewards still, of worse pictures, at noises of no Gaussian."""
+    kept = climbed(ReNO(rounds=25), "tiny-turbo", prompts, 2)
+    loose = climbed(ReNO(rounds=25, weight=0.0, clip=1.0), "tiny-turbo", prompts, 2)
+    print({name: (v[0].item(), v[-1].item(), loose[name][-1].item()) for name, v in kept.items()})
+    assert kept["best"][-1] > kept["best"][0] + 0.3
+    assert kept["gold of best"][-1] > kept["gold of best"][0]
+    assert loose["best"][-1] > kept["best"][-1]
+    assert loose["gold of best"][-1] < kept["gold of best"][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [DNO(rounds=5), DFlow(rounds=5), DOODL(rounds=5, clip=0.02)])
+def test_many_step_methods_raise_the_proxy(method, prompts):
+    curves = climbed(method, "tiny-sd", prompts[:3], 10)
+    print({name: (v[0].item(), v[-1].item()) for name, v in curves.items()})
+    assert curves["best"][-1] > curves["best"][0] + 0.1
