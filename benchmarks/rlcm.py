@@ -2,8 +2,8 @@
 
 Both learn compressibility, the first task of both papers, as configs/tiny/rlcm.yaml and configs/tiny/ddpo.yaml say but for the
 reward and the number of updates: the pictures of the two models are alike, so both begin at nearly the same value, and what it
-costs to reach another can be compared. Both take equally many samples an update and are judged as they go, from the same seeds, on every fourth held-out
-prompt; one seed each. Gold shows what compression does to the pictures.
+costs to reach another can be compared. Both take equally many samples an update and are judged as they go, from the same seeds,
+on every fourth held-out prompt; one seed each. Gold shows what compression does to the pictures.
 
 The published comparison is of 8 steps with 50. Here it is of 2 with 4: DDPO's configuration takes four guidance-free steps
 where tiny-sd's own are twenty with guidance, which would make it more than ten times as costly.
