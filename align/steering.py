@@ -218,6 +218,7 @@ class Run:
             return cost.first["gradient"] + cost.then["gradient"] > 0
 
         rows = self.particles * min(per_chunk, len(prompts))
+        rows = max(rows, self.batch) if isinstance(self.steering, Outer) else rows  # they fill batches with candidates
         return fitting(self.policy, cond, self.levels, self.shape, self.size, rows, differentiates)
 
     def check(self, prompt: Prompt) -> None:

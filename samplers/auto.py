@@ -70,7 +70,7 @@ class Auto(Outer):
         races: into how many parts the budget is divided.
         share: of the budget that goes to draws before any rival is tried.
         beta: temperature of the rivals that are chosen, in units of the reward.
-        draws: what a prompt may spend without a budget, in samples.
+        samples: what a prompt may spend without a budget, in plain samples.
     """
 
     spends = True
@@ -82,22 +82,16 @@ class Auto(Outer):
         races: int = 10,
         share: float = 0.5,
         beta: float = 0.1,
-        draws: int = 32,
+        samples: int = 32,
     ) -> None:
-        if races < 1 or draws < 1:
-            raise ValueError(f"races and draws must be ≥ 1; got {races} and {draws}")
+        if races < 1 or samples < 1:
+            raise ValueError(f"races and samples must be ≥ 1; got {races} and {samples}")
         if not 0 <= share <= 1:
             raise ValueError(f"share is a part of the budget in [0, 1]; got {share}")
         if any(isinstance(rival, Auto) for rival in rivals or ()):
             raise ValueError("an Auto cannot race in an Auto")
-        self.reward, self.rivals, self.races, self.share, self.beta, self.draws = (
-            reward,
-            rivals,
-            races,
-            share,
-            beta,
-            draws,
-        )
+        self.reward, self.rivals, self.races, self.share = reward, rivals, races, share
+        self.beta, self.samples = beta, samples
         self.rounds = races + 2  # the plain samples, the races, what is left
 
     def bind(self, reward: Reward | None) -> Steering:
@@ -195,7 +189,7 @@ class _Race:
         self.entries = [_Entry(self.seeds[p * self.chains]) for p in range(self.groups)]
         one, steps = problem, problem.levels.steps
         self.draw = steps * (1 + one.cond.guided)  # network evaluations
-        self.budget = one.budget or Budget(auto.draws * self.draw * self.groups, "nfe")
+        self.budget = one.budget or Budget(auto.samples * self.draw * self.groups, "nfe")
         self.each = self.budget.amount / self.groups
         self.arms: list[Steering] = [FREE, *auto.field(auto._context(one))]
         shape = tuple(self.bank[0].shape[1:])

@@ -92,6 +92,8 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
             out.rmdir()  # only if nothing is in it
         raise
     asked = {k: v for k, v in options.as_dict().items() if k not in ("out", "overwrite", "json", "config")}
+    if options.budget is None:
+        asked["particles"] = result.config["particles"]
     result.config = {**describe(asked), "resolved": result.config}
     result.save(out)
     if isinstance(result, Versus):

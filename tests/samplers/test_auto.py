@@ -154,7 +154,7 @@ def test_what_was_not_judged_never_wins():
 
 
 def test_without_a_budget_it_draws_a_few():
-    found = run(problem(None), Auto(Linear(), draws=5))
+    found = run(problem(None), Auto(Linear(), samples=5))
     assert found.ledger.counts["network"] == 2 * 5 * STEPS
 
 
@@ -163,7 +163,7 @@ def test_without_a_budget_it_draws_a_few():
     [
         ({"races": 0}, "races"),
         ({"share": 1.5}, "share"),
-        ({"draws": 0}, "draws"),
+        ({"samples": 0}, "samples"),
         ({"rivals": [Auto()]}, "cannot race"),
     ],
 )
