@@ -218,17 +218,19 @@ class _Race:
 
     def picks(self, i: int) -> dict[int, _Pick]:
         """Which prompts do what in race i; after the last race, what is left goes to draws."""
-        left, chosen = self.auto.races - i, {}
+        chosen, done = {}, min(1.0, (i + 1) / self.auto.races)
         for p, entry in enumerate(self.entries):
-            rest = self.each - entry.spent
-            pick = _Pick(0, rest) if left <= 0 else self._pick(entry, i, rest / left * (1 + 1e-9))
+            begun = self.chains * self._cost(0)
+            due = begun + done * (self.each - begun) - entry.spent
+            pick = _Pick(0, due) if i == self.auto.races else self._pick(entry, i, due * (1 + 1e-9))
             if self._count(pick) > 0:
                 chosen[p] = pick
         return chosen
 
     def _pick(self, entry: _Entry, i: int, amount: float) -> _Pick:
         """The arm that promises most for an amount; untried rivals first, once draws have had their share."""
-        able = [a for a in range(len(self.arms)) if a == 0 or self._able(a, amount, entry)]
+        part = (self.each - self.chains * self._cost(0)) / self.auto.races * (1 + 1e-9)  # without what was left over
+        able = [a for a in range(len(self.arms)) if a == 0 or self._able(a, min(amount, part), entry)]
         untried = [a for a in able if a and a not in entry.results]
         if i < math.ceil(self.auto.share * self.auto.races) or len(entry.values) < 2 or len(able) == 1:
             return _Pick(0, amount)

@@ -122,6 +122,13 @@ def test_the_race_is_a_function_of_the_seed_alone():
         torch.testing.assert_close(alone.x0[0], whole.x0[p])
 
 
+def test_a_race_is_never_larger_than_its_part():
+    """What earlier races left over, less than a sample, does not add up to a race for a rival that is too dear."""
+    found = run(problem(f"{39 * STEPS}nfe", ("a",)), Auto(Linear(), rivals=[FeynmanKac(Linear(), 0.5)]))
+    assert arms(found) <= {0, -1}
+    assert found.ledger.counts["network"] == 39 * STEPS
+
+
 def test_every_rival_that_can_run_is_tried_once_and_the_better_one_wins():
     races = run(problem("800nfe", ("a",)), Auto(Linear(), rivals=[Fall(Linear()), Climb(Linear())], races=10))
     order = races.history["arm"].flatten().long().tolist()
