@@ -153,19 +153,7 @@ def train_value(
         config = ValueConfig() if preferences is None else ValueConfig(loss="preference", states="diffused")
     listed = _checked(policy, reward, prompts, preferences, config)
     sampling = Sampling.of(policy, kernel, steps, guidance, size, config.rows)
-    about = {
-        "model": policy.source,
-        "policy": describe_policy(policy) if policy.source else {},
-        "reward": describe(reward),
-        "preferences": None if preferences is None else str(preferences),
-        "prompts": [p.text for p in listed],
-        "sampling": {
-            "kernel": describe(sampling.kernel),
-            "steps": sampling.levels.steps,
-            "guidance": sampling.guidance,
-        },
-        "fit": {k: v for k, v in asdict(config).items() if k != "rows"},
-    }
+    about = _described(policy, reward, preferences, listed, sampling, config)
     layers = early_layers(policy.network) if config.layers is None else list(config.layers)
     width, recognised = probe(policy, layers)
     rows = torch.arange(len(listed)).repeat_interleave(config.samples)
@@ -191,6 +179,27 @@ def train_value(
     for name in (ASKED, STATES):
         (folder / name).unlink(missing_ok=True)
     return LearnedValue(folder, report)
+
+
+def _described(
+    policy: Policy,
+    reward: Reward | None,
+    preferences: str | Path | None,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    config: ValueConfig,
+) -> dict[str, Any]:
+    """What determines the result, as config.json keeps it."""
+    how = {"kernel": describe(sampling.kernel), "steps": sampling.levels.steps, "guidance": sampling.guidance}
+    return {
+        "model": policy.source,
+        "policy": describe_policy(policy) if policy.source else {},
+        "reward": describe(reward),
+        "preferences": None if preferences is None else str(preferences),
+        "prompts": [p.text for p in prompts],
+        "sampling": {**how, "size": list(sampling.size)},
+        "fit": {k: v for k, v in asdict(config).items() if k != "rows"},
+    }
 
 
 def fit_value(
