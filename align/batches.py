@@ -4,7 +4,7 @@ A `Batch` holds rows of one of four kinds and named per-row columns. Rows come i
 most losses, a winner and a loser for a pair, K for a ranked list. Indexing keeps rows, columns and prompts together.
 
     Starts   seeds and conditions of rollouts still to be made, with gradient       (backpropagation)
-    Paths    whole recorded trajectories; `Batch.steps` unfolds them into `Steps`    (what a rollout source collects)
+    Paths    whole recorded trajectories; `Batch.steps` unfolds them into `Steps`    (what a rollout source collects, REBEL)
     Steps    single transitions x_t → x_s                                            (policy gradients, D3PO)
     Noised   clean samples with their own noise draw (x0, eps, level)                (denoising losses, Diffusion-DPO)
 
