@@ -42,47 +42,46 @@ def problem(kernel=None, seeds=range(6), particles=3, frame="vp", **options):
 
 
 def transcribed(one, seed, candidates, initial):
-    """One chain, one candidate at a time; returns (the best estimate, the best of the last step, evaluations)."""
+    """One chain, one candidate at a time: (the rewards of its candidates in order, the best of the last step)."""
     policy, levels, cond = one.policy, one.levels, one.policy.encode(["a"])
     steps = STEPS - 1  # the last step of DDIM draws no noise
     quota = (candidates - initial) // steps
 
-    def noise(stream, i):
-        return SeededNoise([seed], (1,), stream=stream)(i).double()
+    def judged(stream, i, law=None):
+        noise = SeededNoise([seed], (1,), stream=stream)(i).double()
+        x = noise if law is None else law.sample(noise)
+        return float(Bumpy()(policy.denoise(x, levels[i], cond).x0, [""])), x
 
-    def reward(clean):
-        return float(Bumpy()(clean.x0, [""]))
-
-    tries = [noise(j, 0) for j in range(initial)]
-    rated = [(reward(policy.denoise(x, levels[0], cond)), x) for x in tries]
-    bar, x = max(rated, key=lambda pair: pair[0])
-    best, used, left = bar, initial, 0
+    tries = [judged(j, 0) for j in range(initial)]
+    bar, x = max(tries, key=lambda pair: pair[0])
+    rewards, here, left = [value for value, _ in tries], [], 0
     for i in range(steps):
-        here, stream = None, 0
-        left = candidates - used if i == steps - 1 else quota + left
+        left = candidates - len(rewards) if i == steps - 1 else quota + left
+        law, here = one.kernel(policy.denoise(x, levels[i], cond), x, levels, i), []
         while left:
-            drawn = one.kernel(policy.denoise(x, levels[i], cond), x, levels, i).sample(noise(stream, i + 1))
-            value = reward(policy.denoise(drawn, levels[i + 1], cond))
-            here = (value, drawn) if here is None or value > here[0] else here
-            stream, used, left = stream + 1, used + 1, left - 1
-            if i < steps - 1 and value > bar:
+            here.append(judged(len(here), i + 1, law))
+            left -= 1
+            if i < steps - 1 and here[-1][0] > bar:
                 break
-        bar, x, best = max(bar, here[0]), here[1], max(best, here[0])
-    return best, here[0], used
+        rewards += [value for value, _ in here]
+        best, x = max(here, key=lambda pair: pair[0])
+        bar = max(bar, best)
+    return rewards, max(value for value, _ in here)
 
 
-def test_it_is_the_transcription():
-    found = run(problem(), RolloverBudget(Bumpy(), candidates=43, initial=6))
-    plain = found.history["reward"][0].flatten().tolist()
-    some_lost = 0
+@pytest.mark.parametrize(("candidates", "initial"), [(43, 6), (15, 3), (19, 11)])
+def test_it_is_the_transcription(candidates, initial):
+    found = run(problem(), RolloverBudget(Bumpy(), candidates=candidates, initial=initial))
+    plain, *history = found.history["reward"].flatten(1)
+    lost = 0
     for row, seed in enumerate(range(6)):
-        best, last, used = transcribed(problem(), seed, 43, 6)
-        assert used == 43
-        assert found.rewards.flatten()[row].item() == pytest.approx(max(best, plain[row]), abs=1e-6)
-        some_lost += last < max(best, plain[row]) - 1e-4
-    assert some_lost, "the best of the last step, which the published code returns, is not always the best seen"
-    assert found.ledger.counts["network"] == 6 * (STEPS + 43)
-    assert found.ledger.counts["reward"] == 6 * (1 + 43)
+        rewards, last = transcribed(problem(), seed, candidates, initial)
+        assert [value[row].item() for value in history] == pytest.approx(rewards, abs=1e-6)
+        assert found.rewards.flatten()[row].item() == pytest.approx(max(*rewards, plain[row].item()), abs=1e-6)
+        lost += last < found.rewards.flatten()[row].item() - 1e-4
+    assert lost, "the best of the last step, which the published code returns, is not always the best seen"
+    assert found.ledger.counts["network"] == 6 * (STEPS + candidates)
+    assert found.ledger.counts["reward"] == 6 * (1 + candidates)
 
 
 @pytest.mark.parametrize("speculative", [2, 3, 50])
