@@ -93,7 +93,7 @@ class NoiseOptimisation(Outer):
 
     def check(self, ctx: Context) -> None:
         reward, name = self._need_reward(), type(self).__name__
-        if not reward.differentiable and not self._takes_any(reward):
+        if not reward.differentiable and not self._estimates():
             offer = "DNO with gradient='hybrid' (which estimates it), " + self.alternatives
             raise ValueError(f"{name} climbs the gradient of its reward, and {reward.name} has none: use {offer}")
         if ctx.policy.prediction == "logits":
@@ -125,8 +125,8 @@ class NoiseOptimisation(Outer):
                 stepped = descent.step(z, loss, self.bounded(gradient), diverged, unjudged)
                 z = where_rows(unjudged, z, self.settled(problem, stepped, start, index))
 
-    def _takes_any(self, reward: Reward) -> bool:
-        """Whether it can do without the reward's gradient."""
+    def _estimates(self) -> bool:
+        """Whether it does without the reward's own gradient."""
         return False
 
     def _evaluate(self, problem: Problem, bank: list[Tensor], moving: list[int], index: int) -> Evaluation:
@@ -260,7 +260,7 @@ class DNO(NoiseOptimisation):
     def bounded(self, gradient: Tensor) -> Tensor:
         return _clipped(gradient, self.clip)
 
-    def _takes_any(self, reward: Reward) -> bool:
+    def _estimates(self) -> bool:
         return self.gradient == "hybrid"
 
     def _target(
