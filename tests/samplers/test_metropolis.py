@@ -204,8 +204,8 @@ def test_a_gradient_that_is_not_finite_is_no_drift():
             return super().measure(media, prompts) + 0 * (media.flatten(1)[:, 0] - 0.5).clamp(min=0).sqrt()
 
     ended = run(problem(50), PCNL(Kinked(), 0.5, rounds=8))
-    assert all(bool(n.isfinite().all()) for n in ended.noise)
-    assert len(set(ended.history["reward"][:, 0, 0].tolist())) > 1
+    assert not ended.failures  # nothing was made from noise that is not finite
+    assert bool((ended.history["accepted"][1:].sum(0) > 0).all())
 
 
 def test_origen_is_a_chain_that_accepts_all():
