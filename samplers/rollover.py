@@ -45,7 +45,7 @@ PUBLISHED = 250  # evaluations a chain: 500 for two
 
 
 class Candidate(NamedTuple):
-    """A state with its clean estimate, the reward and media of that, and −∞ below any judgement."""
+    """A state with its clean estimate, and the reward and media of that."""
 
     x: Tensor
     clean: Clean

@@ -172,9 +172,10 @@ class TreeSampling(Outer):
 
     def _logits(self, values: Sequence[float]) -> Tensor:
         """v/β of all; at β = 0 the highest alone."""
+        logits = torch.tensor([self._logit(value) for value in values], dtype=torch.float64)
         if self.beta == 0:
-            return torch.tensor([0.0 if value == max(values) else -math.inf for value in values], dtype=torch.float64)
-        return torch.tensor([self._logit(value) for value in values], dtype=torch.float64)
+            logits[torch.tensor(values, dtype=torch.float64) < max(values)] = -math.inf
+        return logits
 
     def _soft(self, values: Sequence[float]) -> float:
         """The soft mean of the values of children, NaN of none."""
