@@ -146,11 +146,10 @@ class Purse:
         """What the budget will buy, for people."""
         particles, total = self.particles(), self.planned
         each = {on: n / particles / self.prompts for on, n in total.items()}
-        evaluations = total["network"] + 2 * total["gradient"]
-        summary = (
-            f"{particles} {'chains' if self.outside else 'particles'} × {self.prompts} prompts × {steps} steps × "
-            f"{branches} branches: {evaluations:.6g} NFE, {total['decode']:.6g} decodes, {total['reward']:.6g} rewards"
-        )
+        rows = f"{_many(particles, 'chain' if self.outside else 'particle')} × {_many(self.prompts, 'prompt')}"
+        summary = f"{rows} × {_many(steps, 'step')} × {_many(branches, 'branch', 'es')}: "
+        summary += f"{total['network'] + 2 * total['gradient']:.6g} NFE, {total['decode']:.6g} decodes, "
+        summary += f"{total['reward']:.6g} rewards"
         summary += f", ≈ {seconds_of(total, self.rates):.1f} s" if self.rates else ""
         heading = f"a budget of {self.budget} for {type(self.steering).__name__}"
         return f"{heading}\n{cost_table(each, total, self.rates)}\n{summary}"
@@ -179,6 +178,10 @@ class Purse:
             return Budget(math.ceil(amount - 1e-9), self.budget.unit)
         scale = 10 ** (math.floor(math.log10(amount)) - 1)
         return Budget(math.ceil(amount * 1.2 / scale) * scale, "s")  # measuring again will not take just as long
+
+
+def _many(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{plural if count != 1 else ''}"
 
 
 def opened(

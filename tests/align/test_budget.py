@@ -6,8 +6,11 @@ import torch
 import align
 from align.budget import Purse
 from align.costs import measured, seconds_of
+from align.loading import EMBEDDED
+from align.prompts import world_prompts
+from align.versus import bootstrap, compare_steerings
 from align.world import World
-from rewards import Brightness, JPEGSize, Prompt
+from rewards import Brightness, CrossEncoder, JPEGSize, Prompt
 from samplers import SVDD, Auto, BestOfN, Budget, Compose, FeynmanKac, Guided, Ledger, Price
 from samplers.steering import Free
 from tests.samplers.test_outer import Redraw
@@ -152,3 +155,16 @@ def test_rates_are_of_the_parts_a_run_uses(policy):
     assert plain["gradient"] == 0 < min(plain[on] for on in ("network", "decode", "reward"))
     assert tilted["gradient"] > 0
     assert seconds_of({"network": 2.0}, plain) == 2 * plain["network"]
+
+
+@pytest.mark.slow
+def test_on_shapes_a_race_is_no_worse_than_best_of_n():
+    """On a few-step model with a budget that lets rivals run: the proxy within noise of best of N's, paired by prompt."""
+    policy, reward = align.load_policy(EMBEDDED.parent / "tiny-turbo"), CrossEncoder()
+    prompts = [p.text for p in world_prompts("shapes", "heldout")][::7][:16]
+    made = compare_steerings(policy, prompts, [BestOfN(reward), Auto(reward)], budget=f"{480 * len(prompts)}nfe")
+    gap = made.scores("Auto", "CrossEncoder") - made.scores("BestOfN", "CrossEncoder")
+    assert float(gap.mean()) > -0.02
+    assert bootstrap(gap)[1] >= -0.005
+    gold = made.scores("Auto", "gold") - made.scores("BestOfN", "gold")
+    assert bootstrap(gold)[1] >= 0

@@ -65,7 +65,7 @@ def test_every_kind_of_steering_and_kernel_is_reachable(steer):
 def test_a_budget_buys_particles_and_compares_methods(steer, tmp_path):
     code, out, err = steer("auto", "--particles", "null", "--budget", "50nfe", "--steering", "auto", "--json")
     assert code == 0, err
-    assert "1 chains × 1 prompts × 3 steps × 2 branches" in err
+    assert "1 chain × 1 prompt × 3 steps × 2 branches" in err
     written = json.loads(out)
     assert written["config"]["budget"] == "50nfe"
     assert written["samples"][0]["prompt"] == "auto"
@@ -77,7 +77,10 @@ def test_a_budget_buys_particles_and_compares_methods(steer, tmp_path):
     assert [row["method"] for row in json.loads(out)["table"]] == ["unsteered", "BestOfN", "FeynmanKac", "Auto"]
     assert json.loads(out)["methods"]["FeynmanKac"]["config"]["steering"]["init_args"]["beta"] == 0.02
     assert "| Auto | 1 | 48 |" in (tmp_path / "run" / "comparison.md").read_text()
-    for argv, said in ((["--compare", "BestOfN"], "two methods"), (["--compare", "BestOfN", "FeynmenKac"], "FeynmanKac")):
+    for argv, said in (
+        (["--compare", "BestOfN"], "two methods"),
+        (["--compare", "BestOfN", "FeynmenKac"], "FeynmanKac"),
+    ):
         code, _, err = steer("a cat", *again, *argv)
         assert code == 2
         assert said in err

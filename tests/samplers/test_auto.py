@@ -62,6 +62,17 @@ class Climb(Fall):
             yield
 
 
+class Redrawn(Fall):
+    """Goes where chance takes it."""
+
+    def iterations(self, problem, found):
+        noise = problem.bank()
+        for i in range(self.rounds):
+            found.offer(*problem.rate(noise, self._need_reward()), noise)
+            noise = [n.roll(i + 1, 1) for n in noise]
+            yield
+
+
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("mean", [-1.0, 0.0, 2.0])
 def test_the_expected_rise_is_that_of_simulation(draws, mean):
@@ -152,6 +163,26 @@ def test_rivals_need_not_judge_and_may_judge_otherwise():
     found = run(problem("800nfe", ("a",)), Auto(Linear(), rivals=rivals))
     assert {1, 2} <= arms(found)
     torch.testing.assert_close(found.x0.sum(1), found.rewards.flatten())
+
+
+class Contrary(Linear):
+    """Wants of "b" the opposite of what it wants of "a"."""
+
+    needs_prompt = True
+
+    def measure(self, media, prompts):
+        return super().measure(media, prompts) * torch.tensor([1.0 if p.text == "a" else -1.0 for p in prompts])
+
+
+def test_every_sample_is_judged_by_its_own_prompt():
+    """In draws, populations and chains; small batches cut across prompts."""
+    reward = Contrary()
+    rivals = [FeynmanKac(reward, 0.5), Redrawn(reward)]
+    found = run(problem("1600nfe", ("b", "a", "b"), particles=2, batch=5), Auto(reward, rivals=rivals))
+    assert {1, 2} <= arms(found)
+    sums = found.x0.sum(1).reshape(3, 2) * torch.tensor([[-1.0], [1.0], [-1.0]])
+    torch.testing.assert_close(sums, found.rewards)
+    assert (found.rewards.amax(1) > 1).all()
 
 
 def test_what_was_not_judged_never_wins():
