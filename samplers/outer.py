@@ -239,13 +239,13 @@ class Found:
         known = value.nan_to_num(-torch.inf, torch.inf, -torch.inf)
         if self.reward is None:
             better = torch.ones_like(known, dtype=torch.bool)
-            self.reward, self.x0, self.media = known, x0.clone(), media.clone()
-            self.noise = [n.clone() for n in noise]
+            kept = (known, x0.clone(), media.clone(), [n.clone() for n in noise])
         else:
             better = known > self.reward
-            self.reward = torch.where(better, known, self.reward)
-            self.x0, self.media = where_rows(better, x0, self.x0), where_rows(better, media, self.media)
-            self.noise = [where_rows(better, new, old) for new, old in zip(noise, self.noise, strict=True)]
+            mine = [where_rows(better, new, old) for new, old in zip(noise, self.noise, strict=True)]
+            chosen = (where_rows(better, new, old) for new, old in ((x0, self.x0), (media, self.media)))
+            kept = (torch.where(better, known, self.reward), *chosen, mine)
+        self.reward, self.x0, self.media, self.noise = kept  # at once: an interrupt finds what belongs together
         self.last, self.last_noise = (value, x0, media), noise
         self.note(reward=value, best=self.reward)
         return better
@@ -291,7 +291,9 @@ class Outer(Steering):
             before = 0.0
             for growth in work:
                 done += 1
-                self._refuse_unjudged(problem, found)
+                assert found.reward is not None
+                if bool((found.reward == -torch.inf).all()):  # nothing at all: not worth another iterate
+                    self._refuse_unjudged(problem, found)
                 if problem.seen is not None:
                     problem.seen(self._iterate(problem, found, done))
                 spent = problem.spent
@@ -299,6 +301,7 @@ class Outer(Steering):
                 if problem.budget is not None and spent + expected > problem.budget.amount:
                     break  # one more iterate would not fit
                 before = spent
+            self._refuse_unjudged(problem, found)
         except (KeyboardInterrupt, RewardFailed, Interrupted) as stop:
             cause = stop.__cause__ if isinstance(stop, Interrupted) and stop.__cause__ is not None else stop
             partial = stop.trajectory if isinstance(stop, Interrupted) else None

@@ -167,6 +167,55 @@ def test_a_reward_that_judges_nothing_stops_the_run():
     assert isinstance(caught.value.__cause__, RewardFailed)
 
 
+class Late(Linear):
+    """Cannot judge the rows of the first prompt at the calls named."""
+
+    def __init__(self, silent):
+        super().__init__()
+        self.silent, self.calls = silent, 0
+
+    def measure(self, media, prompts):
+        scores = super().measure(media, prompts).clone()
+        scores[: 2 * (self.calls in self.silent)] = torch.nan
+        self.calls += 1
+        return scores
+
+
+def test_a_prompt_that_is_judged_late_stops_no_other():
+    found = run(problem(), Redraw(Late([0, 1]), rounds=4))
+    assert len(found.history["reward"]) == 4
+    assert found.rewards.isfinite().all()
+    assert found.failures == {"Late": 4}
+
+
+def test_a_prompt_that_is_never_judged_is_told_in_the_end():
+    with pytest.raises(Interrupted, match="after 3 of 3 iterates.*no sample of some prompt") as caught:
+        run(problem(), Redraw(Late(range(9)), rounds=3))
+    rewards = caught.value.trajectory.rewards
+    assert (rewards[0] == -torch.inf).all()
+    assert torch.equal(rewards[1], run(problem(), Redraw(Linear(), rounds=3)).rewards[1])
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_ctrl_c_while_the_best_is_chosen_keeps_what_belongs_together(at, monkeypatch):
+    """The interrupt falls between parts of the second iterate's samples: reward, state and noise stay of one kind."""
+    from samplers import outer
+
+    chosen, calls = outer.where_rows, iter(range(99))
+
+    def interrupted(*parts):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return chosen(*parts)
+
+    monkeypatch.setattr(outer, "where_rows", interrupted)
+    with pytest.raises(Interrupted) as caught:
+        run(problem(), Redraw(Linear(), rounds=3))
+    kept = caught.value.trajectory
+    torch.testing.assert_close(kept.rewards.flatten(), kept.x0.flatten().double())
+    torch.testing.assert_close(problem().sample(list(kept.noise)).x0, kept.x0)
+
+
 def test_outer_methods_do_not_run_within_a_rollout():
     one = problem()
     with pytest.raises(ValueError, match="rollouts of its own"):
