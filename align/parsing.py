@@ -6,11 +6,12 @@ Components are named by their class, their constructor arguments are options: `-
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import re
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from rewards import Judge, Reward
 from samplers import Kernel, Steering, Value
@@ -45,10 +46,20 @@ class Parser(ArgumentParser):
         )
         for *options, name in unknown:
             word = name or "".join(options)
-            known = {w.lower(): w for w in self._vocabulary() - {word} if w[0].isupper() == bool(name)}  # classes, or options
+            known = {
+                w.lower(): w for w in self._vocabulary() - {word} if w[0].isupper() == bool(name)
+            }  # classes, or options
             if near := difflib.get_close_matches(word.lower(), known, 1, 0.6 if name else 0.76):
                 message += f"\n  Did you mean {known[near[0]]!r} instead of {word!r}?"
         super().error(message, ex)
+
+    def get_defaults(self, *args, **kwargs) -> Namespace:
+        """Components as they were declared: the arguments of a default must not become those of the class chosen instead."""
+        found = super().get_defaults(*args, **kwargs)
+        for action in self._actions:
+            if isinstance(action.default, (dict, Namespace)) and "class_path" in action.default:
+                found[action.dest] = copy.deepcopy(action.default)
+        return found
 
     def _vocabulary(self) -> set[str]:
         parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from align.cli import main
+from align.parsing import build_parser
 from align.prompts import read_prompts
-from samplers import SVDD
+from samplers import SVDD, Steering
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--reward", "Brightness", "--particles", "2", "--steps", "3"]
@@ -263,3 +264,20 @@ def test_a_reader_who_has_seen_enough_is_no_error():
     command = f"{sys.executable} -m align.cli list rewards --json | head -c 10"
     shell = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert shell.stdout == '{"name": "' and shell.stderr == ""
+
+
+class Clashing(Steering):
+    """Has arguments of the same names as the steering that is chosen by default, with other defaults."""
+
+    def __init__(self, beta: float = 3.0, every: int = 7, own: int = 1):
+        self.beta, self.every, self.own = beta, every, own
+
+
+def test_a_chosen_component_has_its_own_defaults():
+    """Not those of the class it stands in for; what was said for it stays."""
+    parser, name = build_parser(), f"{__name__}.Clashing"
+    for said, beta in ([], 3.0), (["--steering.beta", "2"], 2.0):
+        taken = parser.parse_args(["steer", "a", "--steering", name, *said]).steer.steering
+        assert taken.init_args.as_dict() == {"beta": beta, "every": 7, "own": 1}
+    plain = parser.parse_args(["steer", "a", "--steering.beta", "2"]).steer.steering
+    assert (plain.class_path, plain.init_args.beta) == ("samplers.FeynmanKac", 2.0)
