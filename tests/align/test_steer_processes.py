@@ -14,7 +14,7 @@ PROMPTS = ["a cat", "red dog", "two birds", "a fox", "one owl"]
 
 
 def steer(launcher: list[str], model: Path, prompts: Path, out: Path) -> dict:
-    options = ["--model", model, "--reward", "Brightness", "--particles", "2", "--steps", "2", "--batch", "4"]
+    options = ["--model", model, "--reward", "Brightness", "--budget", "40nfe", "--steps", "2", "--batch", "4"]
     command = [
         sys.executable,
         "-m",
@@ -52,6 +52,7 @@ def test_two_processes_write_the_result_of_one(tiny_folder, tmp_path):
         assert one[part] == two[part]
     for spent in ("network_evaluations", "decodes", "reward_calls"):
         assert one["ledger"][spent] == two["ledger"][spent] > 0
+    assert one["ledger"]["budget"]["spent"] == two["ledger"]["budget"]["spent"] == 40  # two particles of five prompts
     images = sorted(p.name for p in (tmp_path / "one" / "images").iterdir())
     assert images == sorted(p.name for p in (tmp_path / "two" / "images").iterdir())
     assert all((tmp_path / "one/images" / n).read_bytes() == (tmp_path / "two/images" / n).read_bytes() for n in images)
