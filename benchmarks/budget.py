@@ -14,6 +14,7 @@ Each cell is written as soon as it is measured; a run that was stopped goes on w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -102,6 +103,11 @@ class Cells:
         print(f"{key}: {' '.join(f'{k} {mean(v):.3f}' for k, v in self.cells[key].items() if k in ('proxy', 'gold'))}")
         text = json.dumps({"options": self.options, "cells": self.cells})
         whole(self.path, lambda path: path.write_text(text + "\n"))
+
+
+def weights_of(folder: Path) -> str:
+    """Tells models apart: what was measured on other weights is measured again."""
+    return hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def mean(values) -> float:
@@ -253,7 +259,8 @@ def main() -> None:
     path = options.out / "budget.json"
     if options.fresh:
         path.unlink(missing_ok=True)
-    cells, reward = Cells(path, {"prompts": prompts, "seed": options.seed}), CrossEncoder()
+    models = {model: weights_of(ROOT / "assets" / model) for model in BUDGETS}
+    cells, reward = Cells(path, {"prompts": prompts, "seed": options.seed, "models": models}), CrossEncoder()
     for model in reversed(options.models):  # the quick one first
         policy = align.load_policy(ROOT / "assets" / model)
         asked = prompts if policy.few_step else [p for i, p in enumerate(prompts) if i % 3 < 2]  # they take longer
