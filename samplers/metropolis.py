@@ -36,7 +36,7 @@ from rewards.base import Reward
 from .outer import Found, Problem, where_rows
 from .rollout import always
 from .search import Noises, NoiseSearch, gaussians, replaced
-from .steering import Context
+from .steering import Context, gradients
 from .transitions import widest
 
 __all__ = ["PCN", "PCNL"]
@@ -233,8 +233,7 @@ class PCNL(PCN):
             with torch.enable_grad():
                 x0 = problem.sample(given, rows, grad=always).x0
                 scores, media = problem.judge(x0, reward, rows)
-                wanted = [given[j] for j in which]
-                drift = torch.autograd.grad(scores.nansum(), wanted, allow_unused=True, materialize_grads=True)
+                drift = gradients(scores, [given[j] for j in which], problem.policy.dtype)
             parts.append((scores.detach().double().cpu(), x0.detach(), media, *self._usable(drift)))
         scores, x0, media, *drift = (torch.cat(column) for column in zip(*parts, strict=True))
         return Chains(scores, [n.detach() for n in noise], x0, media, drift)

@@ -39,7 +39,7 @@ from .levels import at_least_float32
 from .noise import side_generator
 from .outer import Found, Outer, Problem, where_rows
 from .rollout import GradWindow, Trajectory
-from .steering import Context
+from .steering import Context, gradients
 from .whiteness import Regulariser, penalise
 
 __all__ = ["DNO", "DOODL", "DFlow", "NoiseOptimisation", "ReNO"]
@@ -149,10 +149,8 @@ class NoiseOptimisation(Outer):
         with torch.enable_grad():
             made = problem.sample(noise, rows, grad=_from(moving[0]))
             target, rewards, media = self._target(problem, made, noise, rows, index)
-            gradient = torch.zeros_like(leaf)
-            if target.requires_grad or not bool(target.isnan().all()):  # else nothing was judged
-                with problem.ledger.spend("gradient", 0, leaf.device):  # `sample` has counted them
-                    (gradient,) = torch.autograd.grad(-target.nansum(), leaf)
+            with problem.ledger.spend("gradient", 0, leaf.device):  # `sample` has counted them
+                (gradient,) = gradients(-target, [leaf], problem.policy.dtype)
         return Evaluation(rewards.detach(), made.x0.detach(), media.detach(), gradient)
 
     def _target(

@@ -32,6 +32,7 @@ __all__ = ["FREE", "Compose", "Context", "RewardFailed", "Schedule", "Steering",
 
 Through = Literal["network", "x0"]
 Schedule = Literal["constant", "linear", "exp"]
+LIFT = {torch.float16: 1024.0}  # multiplies gradients on their way through networks: float16 ends at 6e-8
 
 
 def scheduled(schedule: Schedule, step: int, steps: int, full_at: float = 1.0) -> float:
@@ -165,7 +166,7 @@ class Context:
         with torch.enable_grad():
             leaf = x0.detach().requires_grad_()
             scores = self.score_of(leaf, reward)
-            (gradient,) = torch.autograd.grad(scores.nansum(), leaf)
+            (gradient,) = gradients(scores, [leaf], self.policy.dtype)
         return self._usable(_marked(gradient, scores), reward)
 
     def _usable(self, gradient: Tensor, judge: Reward | Value) -> Tensor:
@@ -212,14 +213,16 @@ class Context:
             with self.ledger.spend("reward", len(x0), x0.device):
                 scores = reward(media if through else media.detach(), self.prompts)
                 if through:
-                    (found["x0"],) = torch.autograd.grad(scores.nansum(), leaf, retain_graph=True)
+                    (found["x0"],) = gradients(scores, [leaf], self.policy.dtype, retain_graph=True)
             if "network" in through:
                 with self.ledger.spend("gradient", len(x) * (1 + self.cond.guided), x.device):
                     wanted = {
                         id(t.judge) for t in self.tilting if isinstance(t.judge, Reward) and t.through == "network"
                     }
                     more = len(wanted - {judge for how, judge in self._gradients if how == "network"}) > 1
-                    (found["network"],) = torch.autograd.grad(x0, x, found["x0"], retain_graph=more)
+                    lift = LIFT.get(self.policy.dtype, 1.0)
+                    (slope,) = torch.autograd.grad(x0, x, lift * found["x0"], retain_graph=more)
+                    found["network"] = at_least_float32(slope) / lift
         rows, scores = slice(None) if self._taken is None else self._taken, scores.detach()
         self._scores[id(reward)] = scores[rows]
         self._gradients |= {(how, id(reward)): _marked(gradient, scores)[rows] for how, gradient in found.items()}
@@ -386,6 +389,19 @@ class Compose(Steering):
 
     def bind(self, reward: Reward | None) -> Steering:
         return Compose(self.a.bind(reward), self.b.bind(reward))
+
+
+def gradients(scores: Tensor, leaves: Sequence[Tensor], dtype: torch.dtype, retain_graph: bool = False) -> list[Tensor]:
+    """Of the sum of scores (B,) at some leaves, in at least float32; NaN adds nothing, and where all are NaN there may be no graph.
+
+    Args:
+        dtype: the type that networks between scores and leaves compute in; see `LIFT`.
+    """
+    if not scores.requires_grad and bool(scores.isnan().all()):
+        return [torch.zeros_like(at_least_float32(leaf)) for leaf in leaves]
+    lift, how = LIFT.get(dtype, 1.0), {"allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(lift * scores.nansum(), leaves, retain_graph=retain_graph, **how)
+    return [at_least_float32(gradient) / lift for gradient in found]
 
 
 def _marked(gradient: Tensor, scores: Tensor) -> Tensor:

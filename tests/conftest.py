@@ -41,6 +41,15 @@ class Quadratic(Linear):
         return -self.a * (media - self.b).square().flatten(1).sum(1)
 
 
+class Faint(Reward):
+    """Mean brightness, in units so large that its gradient is tiny."""
+
+    needs_prompt = False
+
+    def measure(self, media, prompts):
+        return 1e-4 * media.mean((1, 2, 3))
+
+
 class TokenReward(Linear):
     """A table lookup over token strings."""
 

@@ -208,6 +208,23 @@ def test_a_gradient_that_is_not_finite_is_no_drift():
     assert bool((ended.history["accepted"][1:].sum(0) > 0).all())
 
 
+def test_proposals_of_which_none_is_judged_are_rejected():
+    """Then there is no graph at all, as where no sample is finite."""
+
+    class Silent(Linear):
+        calls = 0
+
+        def measure(self, media, prompts):
+            self.calls += 1
+            return super().measure(media, prompts) if self.calls != 2 else torch.full((len(media),), torch.nan)
+
+    ended = run(problem(6), PCNL(Silent(), 0.5, rounds=4))
+    rewards = ended.history["reward"]
+    assert torch.equal(rewards[1], rewards[0])
+    assert not torch.equal(rewards[2], rewards[1])
+    assert ended.failures == {"Silent": 6}
+
+
 def test_origen_is_a_chain_that_accepts_all():
     """z' = sqrt(1 − h)·z + η·h·clip(∇R) + sqrt(h)·ξ, h = 0.3, η = 0.8, elements clipped at 0.2."""
     h, eta, clip = 0.3, 0.8, 0.2

@@ -12,7 +12,7 @@ from rewards import CrossEncoder, Reward, Shapes
 from samplers import DDIM, DNO, DOODL, ODE, Consistency, DFlow, Problem, ReNO, SeededNoise, Trajectory, run
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
-from tests.conftest import Linear, Quadratic, build_pipeline
+from tests.conftest import Faint, Linear, Quadratic, build_pipeline
 from tests.oracles import cosine_levels, ddim_coefficients, gaussian_chain, gaussian_continuation
 
 STEPS, WIDTH = 4, 6
@@ -28,7 +28,7 @@ def gaussian(few_step=True, width=WIDTH):
 def problem(kernel=None, policy=None, seeds=(0, 1, 2, 3), particles=2, steps=STEPS, **options):
     policy = policy or gaussian()
     prompts = options.pop("prompts", ["a cat", "a dog", "a cow"][: len(seeds) // particles])
-    noise = SeededNoise(seeds, policy.shape(policy.size), dtype=policy.dtype)
+    noise = SeededNoise(seeds, policy.shape(policy.size), dtype=torch.promote_types(policy.dtype, torch.float32))
     how = {"particles": particles, "prompts": prompts, **options}
     return Problem(policy, kernel or DDIM(1.0), policy.encode(prompts), policy.levels(steps, policy.size), noise, **how)
 
@@ -516,6 +516,17 @@ def diffusion(tmp_path_factory):
     policy = StableDiffusion(build_pipeline(tmp_path_factory.mktemp("sd")))
     policy.size = (16, 16)
     return policy
+
+
+def test_small_gradients_survive_half_precision(diffusion, tmp_path):
+    """Of pixels they are some 1e-7, of which float16 keeps nothing on its way through decoder and network."""
+    half = StableDiffusion(build_pipeline(tmp_path).to(torch.float16))
+    half.size, methods = diffusion.size, [recorded(DNO)(Faint(), 2), recorded(DNO)(Faint(), 2)]
+    for policy, method in zip((diffusion, half), methods, strict=True):
+        run(problem(DDIM(1.0), policy, particles=1, seeds=(0, 1), steps=2), method)
+    full, half = (method.gradients[0] for method in methods)
+    assert half.dtype == torch.float32
+    assert (half - full).norm() < 0.1 * full.norm()
 
 
 @pytest.mark.parametrize("method", [DNO(rounds=4, rate=0.05), DFlow(rounds=4), DOODL(rounds=4, clip=1.0)])

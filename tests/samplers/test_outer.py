@@ -189,7 +189,7 @@ def test_a_prompt_that_is_judged_late_stops_no_other():
 
 
 def test_a_prompt_that_is_never_judged_is_told_in_the_end():
-    with pytest.raises(Interrupted, match="after 3 of 3 iterates.*no sample of some prompt") as caught:
+    with pytest.raises(Interrupted, match=r"after 3 of 3 iterates.*no sample of some prompt") as caught:
         run(problem(), Redraw(Late(range(9)), rounds=3))
     rewards = caught.value.trajectory.rewards
     assert (rewards[0] == -torch.inf).all()

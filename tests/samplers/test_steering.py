@@ -7,6 +7,7 @@ from samplers import (
     DDIM,
     FREE,
     ODE,
+    Backward,
     BestOfN,
     CoDe,
     Compose,
@@ -20,8 +21,9 @@ from samplers import (
     rollout,
 )
 from samplers.families.gaussian import GaussianPolicy
+from samplers.families.sd import StableDiffusion
 from samplers.steering import Tilt
-from tests.conftest import Linear, Quadratic
+from tests.conftest import Faint, Linear, Quadratic, build_pipeline
 
 STEPS, DIM = 6, 3
 
@@ -164,6 +166,37 @@ def test_composed_guidance_adds_up():
 def test_only_one_part_of_a_composition_may_select():
     with pytest.raises(ValueError, match="both steerings"):
         run(Compose(CoDe(Linear(), 2), CoDe(Linear(), 2)))
+
+
+@pytest.mark.parametrize("steering", [Guided, Backward])
+def test_where_nothing_is_judged_nothing_moves(steering):
+    """Then there is no graph at all, as where no sample is finite."""
+
+    class Silent(Linear):
+        def measure(self, media, prompts):
+            return torch.full((len(media),), torch.nan)
+
+    ended = run(steering(Silent(), stop=0.1))
+    assert torch.equal(ended.x0, run(FREE).x0)
+    assert ended.failures["gradient of Silent"] >= 4
+
+
+@pytest.mark.parametrize("through", ["network", "x0"])
+def test_small_gradients_survive_half_precision(through, tmp_path):
+    """Of pixels they are some 1e-7, of which float16 keeps nothing on its way through decoder and network."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        policy = StableDiffusion(build_pipeline(tmp_path).to(dtype))
+
+        class Seen(Guided):
+            def propose(self, ctx, base):
+                found.append(ctx.gradient(self.reward, self.through))
+                return base
+
+        noise, levels = SeededNoise([0, 1], policy.shape((16, 16))), policy.levels(1, (16, 16))
+        rollout(policy, DDIM(1.0), policy.encode(["a", "b"]), levels, noise, steering=Seen(Faint(), through=through))
+    assert found[1].dtype == torch.float32
+    assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
 
 
 def test_binding_fills_in_missing_rewards_only():
