@@ -65,8 +65,9 @@ class Auto(Outer):
 
     Args:
         reward: what to steer by; None takes the run's.
-        rivals: steerings that race the draws, in the order of their trials. None takes what the model and the reward allow: on a
-            few-step model `ReNO`, or without a gradient `ZeroOrder`; else `FeynmanKac`, that with `Guided` proposals, `ZeroOrder`.
+        rivals: steerings that race the draws, in the order of their trials. None takes what model, kernel and reward allow:
+            `FeynmanKac`, then on a few-step model `ReNO`, or `ZeroOrder` without a gradient; on another `FeynmanKac` with `Guided`
+            proposals, and `ZeroOrder`.
         races: into how many parts the budget is divided.
         share: of the budget that goes to draws before any rival is tried.
         beta: temperature of the rivals that are chosen, in units of the reward.
@@ -114,14 +115,13 @@ class Auto(Outer):
         reward = self._need_reward()
         if self.rivals is not None:
             return self.rivals
-        if ctx.policy.few_step:
-            return [ReNO(reward)] if reward.differentiable else [ZeroOrder(reward)]
-        fk = FeynmanKac(reward, self.beta, potential="max", every=4, start=0.2, stop=0.8)
-        guided = Compose(
-            Guided(reward, 1 / self.beta, tempering="linear"), FeynmanKac(reward, self.beta, tempering="linear")
-        )
         stochastic = ctx.kernel.diversifies(ctx.levels)
-        return [fk] * stochastic + [guided] * (stochastic and reward.differentiable) + [ZeroOrder(reward)]
+        fk = [FeynmanKac(reward, self.beta, potential="max", every=4, start=0.2, stop=0.8)] * stochastic
+        if ctx.policy.few_step:
+            return [*fk, ReNO(reward) if reward.differentiable else ZeroOrder(reward)]
+        guided = Guided(reward, 1 / self.beta, tempering="linear")
+        twisted = [Compose(guided, FeynmanKac(reward, self.beta, tempering="linear"))]
+        return [*fk, *twisted * (stochastic and reward.differentiable), ZeroOrder(reward)]
 
     def iterations(self, problem: Problem, found: Found) -> Generator[float | None]:
         race = _Race(self, problem)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from samplers import DDIM, Auto, BestOfN, Budget, FeynmanKac, Guided, Outer, Problem, SeededNoise, run
+from samplers import DDIM, ODE, Auto, BestOfN, Budget, FeynmanKac, Guided, Outer, Problem, SeededNoise, run
 from samplers.auto import expected_rise
 from samplers.families.gaussian import GaussianPolicy
 from tests.conftest import Linear, Quadratic
@@ -189,6 +189,28 @@ def test_what_was_not_judged_never_wins():
     found = run(problem("60rewards"), Auto(Spoiled(), races=4))
     assert found.failures["Spoiled"] > 0
     torch.testing.assert_close(found.x0.sum(1), found.rewards.flatten())
+
+
+class Blunt(Linear):
+    differentiable = False
+
+
+@pytest.mark.parametrize(
+    ("few_step", "kernel", "reward", "rivals"),
+    [
+        (False, DDIM(1.0), Linear(), ["FeynmanKac", "Compose", "ZeroOrder"]),
+        (False, DDIM(1.0), Blunt(), ["FeynmanKac", "ZeroOrder"]),
+        (False, ODE(), Linear(), ["ZeroOrder"]),
+        (True, DDIM(1.0), Linear(), ["FeynmanKac", "ReNO"]),
+        (True, ODE(), Blunt(), ["ZeroOrder"]),
+    ],
+)
+def test_rivals_are_what_model_kernel_and_reward_allow(few_step, kernel, reward, rivals):
+    one = problem("4000nfe", ("a",))
+    one.policy.few_step, one.kernel, auto = few_step, kernel, Auto(reward)
+    assert [type(rival).__name__ for rival in auto.field(auto._context(one))] == rivals
+    found = run(one, auto)
+    assert set(range(1, 1 + len(rivals))) <= arms(found)
 
 
 def test_without_a_budget_it_draws_a_few():
