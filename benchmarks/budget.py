@@ -72,7 +72,7 @@ def methods(model: str) -> dict[str, Method]:
 
 
 def climbs() -> dict[str, Method]:
-    """Noise optimisation as published, and without what holds it back."""
+    """Noise optimisation as published; ReNO without its penalty and ten times its clip, DNO with the penalty it suggests."""
     return {
         "ReNO": given("ReNO", rounds=ROUNDS),
         "ReNO, unregularised": given("ReNO", rounds=ROUNDS, weight=0.0, clip=1.0),
@@ -173,7 +173,7 @@ def table(cells: dict[str, dict]) -> str:
 def plot(cells: dict[str, dict], path: Path) -> None:
     """Proxy and gold against the budget, a row a model."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(9.6, 7.0), layout="constrained", sharex="row")
+        figure, axes = plt.subplots(2, 2, figsize=(10.8, 7.0), layout="constrained", sharex="row")
         for (model, budgets), row in zip(BUDGETS.items(), axes, strict=True):
             for i, method in enumerate(methods(model)):
                 there = [b for b in budgets if f"{model}|{b}|{method}" in cells]
@@ -184,7 +184,7 @@ def plot(cells: dict[str, dict], path: Path) -> None:
                 ax.set_xticks(budgets, [str(b) for b in budgets], minor=False)
                 ax.minorticks_off()
             row[0].set_title(model, loc="left", fontweight="bold")
-            row[1].legend(fontsize=7.5, ncols=2, loc="lower right")
+            row[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
         figure.savefig(path, dpi=130)
         plt.close(figure)
 
