@@ -28,7 +28,7 @@ from .ledger import Ledger
 from .levels import Levels
 from .noise import Noise, SeededNoise, side_generator
 from .policy import Cond, Policy
-from .rollout import GradWindow, Interrupted, Record, Trajectory, never, rollout
+from .rollout import GradWindow, Interrupted, Record, Trajectory, check, never, rollout
 from .steering import FREE, Context, RewardFailed, Steering
 
 __all__ = ["Found", "Iterate", "Outer", "Problem", "run"]
@@ -284,7 +284,7 @@ class Outer(Steering):
             ValueError: it cannot work on this problem; raised before the network runs.
             Interrupted: Ctrl-C, or a reward that could judge nothing; carries the best so far.
         """
-        self.check(self._context(problem))
+        check(self._context(problem))
         found, work, done = Found(), None, 0
         try:
             work = self.iterations(problem, found)

@@ -273,7 +273,15 @@ def _check(ctx: Context, grad: GradWindow, record: Record) -> None:
             f"{steering} walks steps more than once, which has no log-probability: it cannot steer a rollout that is recorded or "
             "trained on"
         )
-    steering.check(ctx)
+    check(ctx)
+
+
+def check(ctx: Context) -> None:
+    """Raises before any network runs if the steering cannot work in this run, or a reward of it without prompts."""
+    for reward in ctx.steering.rewards():
+        if reward.needs_prompt and not ctx.prompts:
+            raise ValueError(f"{reward.name} needs one prompt a sample, and this run has none: pass prompts=…")
+    ctx.steering.check(ctx)
 
 
 def _population(policy, kernel, cond, levels, noise, rows, particles, prompts, steering) -> Context:

@@ -298,6 +298,11 @@ class Steering(ABC):
         """Whether its weights account for proposals by log p/q, which then need a density."""
         return False
 
+    @property
+    def selects(self) -> bool:
+        """Whether it weighs and selects rows: it has a `select` of its own."""
+        return type(self).select is not Steering.select
+
     def select(self, ctx: Context) -> Tensor | None:
         """Ancestors (P, K), indices within each group, or None to keep the population. Called at every step and once at T."""
         return None
@@ -359,16 +364,19 @@ class Compose(Steering):
             raise ValueError(
                 f"Compose joins steerings within a rollout; {a if a.outside else b} makes rollouts of its own"
             )
+        if a.selects and b.selects:
+            raise ValueError(f"both steerings of a Compose select rows: keep one of {a} and {b}")
 
     @property
     def weighs(self) -> bool:
         return self.a.weighs or self.b.weighs
 
+    @property
+    def selects(self) -> bool:
+        return self.a.selects or self.b.selects
+
     def select(self, ctx: Context) -> Tensor | None:
-        first, second = self.a.select(ctx), self.b.select(ctx)
-        if first is not None and second is not None:
-            raise ValueError("both steerings of a Compose select rows: keep one of them")
-        return second if first is None else first
+        return (self.a if self.a.selects else self.b).select(ctx)
 
     def propose(self, ctx: Context, base: Transition) -> Transition:
         return self.b.propose(ctx, self.a.propose(ctx, base))

@@ -167,6 +167,16 @@ def test_a_reward_that_judges_nothing_stops_the_run():
     assert isinstance(caught.value.__cause__, RewardFailed)
 
 
+@pytest.mark.parametrize("steering", [Redraw, BestOfN])
+def test_a_reward_that_needs_prompts_says_so_before_the_network_runs(steering):
+    class Wordy(Linear):
+        needs_prompt = True
+
+    one = problem(prompts=(), watch=lambda ctx: pytest.fail("the network has run"))
+    with pytest.raises(ValueError, match="Wordy needs one prompt a sample"):
+        run(one, steering(Wordy()))
+
+
 class Late(Linear):
     """Cannot judge the rows of the first prompt at the calls named."""
 

@@ -164,8 +164,12 @@ def test_composed_guidance_adds_up():
 
 
 def test_only_one_part_of_a_composition_may_select():
-    with pytest.raises(ValueError, match="both steerings"):
-        run(Compose(CoDe(Linear(), 2), CoDe(Linear(), 2)))
+    """Also where neither would resample: weights of two targets would be one."""
+    for first, second in ((CoDe(Linear(), 2), CoDe(Linear(), 2)), (FeynmanKac(Linear()), BestOfN(Linear()))):
+        with pytest.raises(ValueError, match="both steerings"):
+            Compose(first, second)
+        with pytest.raises(ValueError, match="both steerings"):
+            Compose(Compose(Guided(Linear()), first), second)
 
 
 @pytest.mark.parametrize("steering", [Guided, Backward])
