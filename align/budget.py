@@ -140,7 +140,7 @@ class Purse:
         if self.outside and more > 0 and (self.spends or self.cost(particles, rounds) > self.share):
             fits = (self.share - self.cost(particles)) / more
             rounds = 1 + (fits if self.spends else math.floor(fits))
-        return {on: self.prompts * n for on, n in self.price.of(particles, rounds).items()}
+        return {on: float(round(self.prompts * n)) for on, n in self.price.of(particles, rounds).items()}
 
     def table(self, steps: int, branches: int) -> str:
         """What the budget will buy, for people."""
