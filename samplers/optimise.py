@@ -40,7 +40,7 @@ from .noise import side_generator
 from .outer import Found, Outer, Problem, where_rows
 from .rollout import GradWindow, Trajectory
 from .steering import Context, gradients
-from .whiteness import Regulariser, penalise
+from .whiteness import DIMENSION, Regulariser, penalise
 
 __all__ = ["DNO", "DOODL", "DFlow", "NoiseOptimisation", "ReNO"]
 
@@ -104,6 +104,11 @@ class NoiseOptimisation(Outer):
             raise ValueError(
                 f"whiteness is measured along rows and columns; noise of shape {tuple(ctx.noise(0).shape[1:])} has none: "
                 "use regulariser 'norm' or 'concentration'"
+            )
+        size = len(self.moving(ctx)) * ctx.noise(0)[0].numel()
+        if self.regulariser == "concentration" and self.weight > 0 and size < DIMENSION:
+            raise ValueError(
+                f"concentration is measured on vectors of {DIMENSION} numbers, and this noise has fewer: use regulariser 'norm'"
             )
 
     def iterations(self, problem: Problem, found: Found) -> Generator[float | None]:

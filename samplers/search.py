@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rewards.base import Reward
 
-from .levels import Levels, at_least_float32
+from .levels import at_least_float32, diffuse_again
 from .noise import SeededNoise, side_generator
 from .outer import Found, Outer, Problem, where_rows
 from .steering import Context
@@ -315,7 +315,8 @@ class PathSearch(Outer):
                 n: int, i: int = i, like: list[Tensor] = like, level: int = level, start: int = start
             ) -> list[Tensor]:
                 drawn, *later = gaussians(problem, like, i, n)
-                return [renoise(like[0], drawn, problem.levels[level], problem.levels[start]), *later]
+                x, eps = at_least_float32(like[0]), at_least_float32(drawn)
+                return [diffuse_again(x, eps, problem.levels[level], problem.levels[start]).to(drawn), *later]
 
             best, level = best_of(problem, self.branches, ways, self._rater(problem, start, end)), end
             Drawn(best.rewards, best.parts[:2]).offer(found)
@@ -337,10 +338,3 @@ class PathSearch(Outer):
             return Drawn(rewards, parts)
 
         return rate
-
-
-def renoise(x: Tensor, noise: Tensor, now: Levels, to: Levels) -> Tensor:
-    """The forward process from a level to an earlier one: a state with the marginal law of the one gets that of the other."""
-    kept = to.alpha / now.alpha
-    std = (to.sigma**2 - kept**2 * now.sigma**2).clamp(min=0).sqrt()
-    return (kept * at_least_float32(x) + std * at_least_float32(noise)).to(x.dtype)

@@ -28,6 +28,7 @@ from torch import Tensor
 __all__ = ["Regulariser", "autocorrelation", "log_bounds", "penalise", "radius"]
 
 Regulariser = Literal["none", "norm", "concentration", "whiteness"]
+DIMENSION = 4  # of the vectors that "concentration" cuts noise into, as published
 ORDERS = 100  # random orders a time, as published
 SMALLEST = 8  # the side at which whiteness stops halving, as published
 
@@ -69,7 +70,7 @@ def radius(z: Tensor) -> Tensor:
     return (0.5 * square - 0.5 * (each.shape[2] - 1) * square.log()).sum(1)
 
 
-def log_bounds(z: Tensor, dimension: int = 4) -> Tensor:
+def log_bounds(z: Tensor, dimension: int = DIMENSION) -> Tensor:
     """(2, B) log p₁ and log p₂ of noises z (B, n); numbers beyond a multiple of `dimension` are left out."""
     count = z.shape[1] // dimension
     vectors = z[:, : count * dimension].reshape(len(z), count, dimension)

@@ -499,6 +499,14 @@ def test_whiteness_needs_rows_and_columns():
         run(problem(), DNO(Linear(), regulariser="whiteness", weight=1.0))
 
 
+def test_concentration_needs_a_vector_of_numbers():
+    small = {"policy": gaussian(width=3), "kernel": ODE()}
+    with pytest.raises(ValueError, match="vectors of 4 numbers"):
+        run(problem(**small), DNO(Linear(), weight=1.0))
+    run(problem(**small), DNO(Linear(), 1))
+    run(problem(policy=gaussian(width=3)), DNO(Linear(), 2, weight=1.0))  # four noises of three numbers
+
+
 # Models
 
 

@@ -28,7 +28,8 @@ from samplers import (
     run,
 )
 from samplers.families.gaussian import GaussianPolicy
-from samplers.search import neighbour, renoise
+from samplers.levels import diffuse_again
+from samplers.search import neighbour
 from tests.conftest import Linear, build_pipeline
 from tests.oracles import cosine_levels, ddim_coefficients, gaussian_chain
 from tests.samplers.test_smc import Table, z_score
@@ -296,7 +297,7 @@ def test_renoising_keeps_the_marginal_law(frame):
         now, to = levels[j], levels[i]
         x = now.alpha * (MEAN + STD * torch.randn(40000, 1, generator=g, dtype=torch.float64))
         x = x + now.sigma * torch.randn(40000, 1, generator=g, dtype=torch.float64)
-        noisy = renoise(x, torch.randn(40000, 1, generator=g, dtype=torch.float64), now, to)
+        noisy = diffuse_again(x, torch.randn(40000, 1, generator=g, dtype=torch.float64), now, to)
         var = to.alpha**2 * STD**2 + to.sigma**2
         assert abs(z_score(noisy, to.alpha * MEAN)) < 4
         assert abs(z_score((noisy - to.alpha * MEAN).square(), var)) < 4
