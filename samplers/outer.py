@@ -282,7 +282,8 @@ class Outer(Steering):
 
         Raises:
             ValueError: it cannot work on this problem; raised before the network runs.
-            Interrupted: Ctrl-C, or a reward that could judge nothing; carries the best so far.
+            Interrupted: Ctrl-C, a reward that could judge nothing, or whatever went wrong once there were samples; carries the
+                best so far.
         """
         check(self._context(problem))
         found, work, done = Found(), None, 0
@@ -302,7 +303,7 @@ class Outer(Steering):
                     break  # one more iterate would not fit
                 before = spent
             self._refuse_unjudged(problem, found)
-        except (KeyboardInterrupt, RewardFailed, Interrupted) as stop:
+        except (KeyboardInterrupt, Exception) as stop:
             cause = stop.__cause__ if isinstance(stop, Interrupted) and stop.__cause__ is not None else stop
             partial = stop.trajectory if isinstance(stop, Interrupted) else None
             if found.reward is None and (partial is None or len(partial.x0) != problem.rows):

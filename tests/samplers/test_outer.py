@@ -226,6 +226,29 @@ def test_ctrl_c_while_the_best_is_chosen_keeps_what_belongs_together(at, monkeyp
     torch.testing.assert_close(problem().sample(list(kept.noise)).x0, kept.x0)
 
 
+class Broken(Linear):
+    """Fails at a call, as a server that is gone or a device out of memory."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def measure(self, media, prompts):
+        self.calls += 1
+        if self.calls > self.at:
+            raise ConnectionError("gone")
+        return super().measure(media, prompts)
+
+
+def test_whatever_goes_wrong_later_keeps_the_best():
+    with pytest.raises(Interrupted, match=r"after 2 of 5 iterates: gone") as caught:
+        run(problem(), Redraw(Broken(2), rounds=5))
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    assert torch.equal(caught.value.trajectory.rewards, run(problem(), Redraw(Linear(), rounds=2)).rewards)
+    with pytest.raises(ConnectionError):
+        run(problem(), Redraw(Broken(0), rounds=5))
+
+
 def test_outer_methods_do_not_run_within_a_rollout():
     one = problem()
     with pytest.raises(ValueError, match="rollouts of its own"):
