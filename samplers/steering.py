@@ -234,7 +234,7 @@ class Context:
         with torch.set_grad_enabled(tilts), self.ledger.spend("reward", len(x), x.device):
             scores = value(x, self.levels[self.step], self.cond, self.prompts)
             if tilts:
-                (gradient,) = torch.autograd.grad(scores.nansum(), x)
+                (gradient,) = gradients(scores, [x], self.policy.dtype)
                 self._gradients["network", id(value)] = _marked(gradient, scores)
         self._scores[id(value)] = scores.detach()
 

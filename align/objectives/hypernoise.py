@@ -27,6 +27,7 @@ from rewards import Prompt, Reward
 from samplers import Policy, always, rollout
 from samplers.hypernoise import noise_shift, starting_from
 from samplers.noise import Noise
+from samplers.steering import gradients
 
 from ..batches import Batch, Starts
 from ..evidence import Reduction, reduced
@@ -90,5 +91,6 @@ class HyperNoise(Objective):
                 media = policy.decode(x0[chosen.to(x0.device)])
                 scores, known = judged(self.reward, media, tuple(prompts[i] for i in chosen.tolist()))
                 reward[chosen], ok[chosen] = scores.detach().to(reward), known
-                (slope,) = torch.autograd.grad(scores.sum(), start)
+                if bool(known.any()):  # where nothing is, there may be no graph
+                    (slope,) = gradients(scores, [start], policy.dtype)
         return reward, ok, torch.where(ok.reshape(-1, *[1] * (slope.ndim - 1)), slope, 0)

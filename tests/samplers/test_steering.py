@@ -23,6 +23,7 @@ from samplers import (
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
 from samplers.steering import Tilt
+from samplers.values import Value, features
 from tests.conftest import Faint, Linear, Quadratic, build_pipeline
 
 STEPS, DIM = 6, 3
@@ -199,6 +200,31 @@ def test_small_gradients_survive_half_precision(through, tmp_path):
 
         noise, levels = SeededNoise([0, 1], policy.shape((16, 16))), policy.levels(1, (16, 16))
         rollout(policy, DDIM(1.0), policy.encode(["a", "b"]), levels, noise, steering=Seen(Faint(), through=through))
+    assert found[1].dtype == torch.float32
+    assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
+
+
+class Quiet(Value):
+    """What a middle layer says, in units so large that its gradient is tiny."""
+
+    def forward(self, x, at, cond, prompts):
+        said = features(self.policy, ["mid_block"], x, at, cond)[:, x.shape[1] :]
+        return 1e-4 * said.sum(1)
+
+
+def test_small_gradients_of_values_survive_half_precision(tmp_path):
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        policy, value = StableDiffusion(build_pipeline(tmp_path).to(dtype)), Quiet()
+        object.__setattr__(value, "policy", policy)
+
+        class Seen(Guided):
+            def propose(self, ctx, base):
+                found.append(ctx.gradient(self.value))
+                return base
+
+        noise, levels = SeededNoise([0, 1], policy.shape((16, 16))), policy.levels(1, (16, 16))
+        rollout(policy, DDIM(1.0), policy.encode(["a", "b"]), levels, noise, steering=Seen(value=value))
     assert found[1].dtype == torch.float32
     assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
 

@@ -14,11 +14,12 @@ from align.steering import row_seed
 from rewards import Prompt
 from samplers import ODE, Consistency, SeededNoise, ShiftedNoise, always, rollout
 from samplers.families.gaussian import GaussianPolicy
+from samplers.families.sd import StableDiffusion
 from samplers.hypernoise import noise_shift
 from tests.align.objectives.rows import gradient
 from tests.align.objectives.test_backprop import Detector, Fickle, Pixels
 from tests.align.runs import Near, trainer_of
-from tests.conftest import Linear, Quadratic
+from tests.conftest import Faint, Linear, Quadratic, build_pipeline
 from tests.samplers.test_hypernoise import fill, moved, student  # noqa: F401
 
 F64 = torch.float64
@@ -166,6 +167,32 @@ def test_samples_that_are_not_finite_are_never_judged():
     batch.rows.cond.positive["row"][:] = 1.0
     _, metrics = HyperNoise(reward=Linear()).loss(policy, batch)
     assert float(metrics["reward_failed"]) == 1
+
+
+def test_small_gradients_survive_half_precision(tmp_path):
+    """Of pixels they are some 1e-7, of which float16 keeps nothing on its way through decoder and network."""
+    slopes = []
+    for dtype in (torch.float32, torch.float16):
+        policy = StableDiffusion(build_pipeline(tmp_path).to(dtype))
+        policy.remember("reference")
+        batch = starts(policy, steps=1, rows=2, shape=policy.shape((16, 16)))
+        noise = SeededNoise(batch.rows.seeds.tolist(), batch.rows.shape)
+        slopes.append(HyperNoise(reward=Faint())._generated(policy, batch.rows, noise, batch.prompts)[2])
+    assert slopes[1].dtype == torch.float32
+    assert (slopes[1] - slopes[0]).norm() < 0.1 * slopes[0].norm()
+
+
+def test_where_nothing_is_judged_only_the_distance_is_left():
+    """Then there is no graph at all, as where a detector fails on every sample."""
+
+    class Silent(Linear):
+        def measure(self, media, prompts):
+            return torch.full((len(media),), torch.nan)
+
+    policy = moved(0.3)
+    loss, metrics = HyperNoise(reward=Silent()).loss(policy, starts(policy))
+    assert float(metrics["reward_failed"]) == 1
+    torch.testing.assert_close(loss.detach(), metrics["kl"])
 
 
 def test_micro_batches_add_up():
