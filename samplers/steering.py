@@ -407,8 +407,9 @@ def gradients(scores: Tensor, leaves: Sequence[Tensor], dtype: torch.dtype, reta
     """
     if not scores.requires_grad and bool(scores.isnan().all()):
         return [torch.zeros_like(at_least_float32(leaf)) for leaf in leaves]
-    lift, how = LIFT.get(dtype, 1.0), {"allow_unused": True, "materialize_grads": True}
-    found = torch.autograd.grad(lift * scores.nansum(), leaves, retain_graph=retain_graph, **how)
+    lift = LIFT.get(dtype, 1.0)
+    how = {"retain_graph": retain_graph, "allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(lift * scores.nansum(), leaves, **how)  # pyright: ignore
     return [at_least_float32(gradient) / lift for gradient in found]
 
 
