@@ -148,7 +148,8 @@ class RolloverBudget(Outer):
 
     def iterations(self, problem: Problem, found: Found) -> Generator[float | None]:
         self._finish(problem, found, [problem.noise_of(part) for part in problem.parts()], 0)
-        yield self.speculative / problem.levels.steps
+        judged_alone = problem.budget is not None and problem.budget.unit == "rewards"
+        yield self.speculative / (1 if judged_alone else problem.levels.steps)
         steps = len(_drawn(problem.kernel, problem.levels))
         total = self._allowed(problem)
         initial = total if not steps else max(1, min(self.initial, total - steps))

@@ -143,6 +143,12 @@ def test_a_budget_is_made_into_candidates(amount, unit):
     assert found.history["reward"][-1].isfinite().all(), "every chain came to its last step"
 
 
+def test_a_budget_of_rewards_that_pays_for_little_more_than_the_plain_sample_is_kept():
+    one = problem(budget=Budget(8, "rewards"))
+    assert torch.equal(run(one, RolloverBudget(Linear())).x0, run(problem()).x0)
+    assert one.spent == 6
+
+
 def test_seconds_are_made_into_candidates_too():
     one = problem(budget=Budget(1e-4, "s"))
     assert len(run(one, RolloverBudget(Linear())).history["reward"]) <= 2

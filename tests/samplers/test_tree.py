@@ -21,6 +21,7 @@ from samplers import (
     run,
 )
 from samplers.families.gaussian import GaussianPolicy
+from samplers.tree import Node
 from tests.conftest import Linear, TokenReward
 from tests.oracles import (
     MIXTURE,
@@ -278,6 +279,24 @@ def test_widening_bounds_the_children():
     for node in nodes(steering.trees[0].root):
         assert len(node.children) <= max(1, 2.0 * node.visits**0.5 + 1)
     assert len(steering.trees[0].root.children) >= 2 * steering.trees[0].root.visits ** 0.5 - 1
+
+
+def test_where_the_widening_lets_nothing_grow_the_root_does(monkeypatch):
+    """A third child needs 2⁵⁰ visits here, so that walks would go on for ever."""
+    monkeypatch.setattr("samplers.tree.PATIENCE", 20)
+    steering = Kept(Linear(), rounds=10, growth=0.02)
+    found = run(gaussian(steps=2, particles=1)[0], steering)
+    assert len(found.history["reward"]) == 10
+    assert len(steering.trees[0].root.children) > 2
+
+
+def test_long_paths_have_leaves():
+    root = Node()
+    last = root
+    for i in range(5000):
+        last = Node(last, i, torch.zeros(1))
+        last.value = 0.0
+    assert list(root.leaves) == [last]
 
 
 class Moody(Linear):
