@@ -290,6 +290,10 @@ def _checked(
             raise ValueError(
                 'preferences bring their own prompts, and no reward: take loss "preference" and no prompts'
             )
+        if config.held == "samples":
+            raise ValueError(
+                'preferences come with any number of samples a prompt: hold out whole prompts, held "prompts"'
+            )
         return []
     assert reward is not None
     if reward.modality != policy.modality:

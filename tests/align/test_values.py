@@ -249,6 +249,10 @@ def test_a_value_refuses_what_it_was_not_trained_on(learned, tiny_folder, tmp_pa
         ({"reward": Linear(0.0), "prompts": ["a"], "config": ValueConfig(held="samples", rows=8)}, "all of one reward"),
         ({"reward": Linear(), "prompts": ["a"], "config": ValueConfig(layers=["nowhere"], held="samples")}, "no layer"),
         ({"preferences": "x", "config": ValueConfig()}, "take loss"),
+        (
+            {"preferences": "x", "config": ValueConfig(loss="preference", states="diffused", held="samples")},
+            "hold out whole prompts",
+        ),
         ({"reward": Noise(), "prompts": ["a"]}, "scores audio, but the model makes image"),
     ],
 )
