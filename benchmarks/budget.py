@@ -142,17 +142,7 @@ def climb(policy: Policy, prompts: list[str], make: Method, reward: Reward, seed
 
 def table(cells: dict[str, dict]) -> str:
     """Markdown: one line a model, budget and method."""
-    heads = [
-        "model",
-        "NFE a prompt",
-        "method",
-        "spent",
-        "proxy",
-        f"− {BASE} (95 %)",
-        "gold",
-        f"− {BASE} (95 %)",
-        "seconds",
-    ]
+    heads = ["model", "NFE a prompt", "method", "spent", "proxy", f"− {BASE} (95 %)", "gold", f"− {BASE} (95 %)"]
     lines = [heads, ["---"] * len(heads)]
     for model, budgets in BUDGETS.items():
         for budget in budgets:
@@ -166,7 +156,7 @@ def table(cells: dict[str, dict]) -> str:
                     low, high = bootstrap(values - others)
                     gap = f"{float((values - others).mean()):+.3f} [{low:+.3f}, {high:+.3f}]"
                     line += [number(float(values.mean())), "–" if method == BASE else gap]
-                lines.append([*line, f"{cell['seconds']:.0f}"])
+                lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
