@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from rewards import Reward
+from samplers import Cond, Levels, Policy
+from tests.oracles import masked_table
 
 torch.set_num_threads(1)
 
@@ -61,6 +64,51 @@ class TokenReward(Linear):
 
     def measure(self, media, prompts):
         return torch.tensor([self.table[tuple(row)] for row in media.tolist()], dtype=torch.float64)
+
+
+class Table(Policy):
+    """Masked diffusion over a few tokens, with one table of clean-token odds a state; see `masked_table`."""
+
+    prediction = "logits"
+
+    def __init__(self, length=3, symbols=3, seed=0):
+        super().__init__()
+        self.network, self.length = torch.nn.Linear(1, 1), length
+        self.table = masked_table(length, symbols, seed)
+
+    def encode(self, prompts):
+        return Cond({"row": torch.zeros(len(prompts), 1)})
+
+    def shape(self, size):
+        return (self.length,)
+
+    def levels(self, steps, size=()):
+        alpha = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        return Levels(1 - alpha, alpha, 1 - alpha)
+
+    def predict(self, x, at, cond):
+        return self.table[tuple(x.T)].log()
+
+    def decode(self, x0, frames=None):
+        return x0
+
+
+def z_score(values, expected):
+    """How many standard errors the mean of `values` is from `expected`."""
+    return float((values.mean() - expected) / (values.std() / len(values) ** 0.5))
+
+
+@contextlib.contextmanager
+def saved_bytes():
+    """Counts what autograd keeps for the backward pass."""
+    kept: list[int] = []
+
+    def keep(tensor):
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def save_tokenizer(folder):

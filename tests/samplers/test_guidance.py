@@ -29,9 +29,9 @@ from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
 from samplers.levels import Levels, diffuse, diffuse_again
 from samplers.steering import Tilt, scheduled
-from tests.conftest import Linear, Quadratic, build_pipeline
+from tests.conftest import Linear, Quadratic, Table, build_pipeline, z_score
 from tests.oracles import cosine_levels, ddim_coefficients, gaussian_chain, tilted_quadratic
-from tests.samplers.test_smc import Table, chain, run, z_score
+from tests.samplers.test_smc import chain, run
 
 T, DIM, MEAN, STD = 6, 3, 0.4, 0.7
 SCORE = {"form": "score"}

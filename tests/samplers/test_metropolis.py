@@ -11,7 +11,7 @@ from rewards import CrossEncoder
 from samplers import DDIM, ODE, PCN, PCNL, BestOfN, NoiseBank, Problem, SeededNoise, Unmask, run
 from samplers.families.gaussian import GaussianPolicy
 from samplers.metropolis import Chains
-from tests.conftest import Linear, Quadratic, TokenReward
+from tests.conftest import Linear, Quadratic, Table, TokenReward, z_score
 from tests.oracles import (
     MIXTURE,
     cosine_levels,
@@ -23,7 +23,6 @@ from tests.oracles import (
     tilted_quadratic,
     unmasking_law,
 )
-from tests.samplers.test_smc import Table, z_score
 
 STEPS, MEAN, STD = 3, 0.5, 0.8
 

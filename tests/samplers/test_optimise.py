@@ -1,6 +1,5 @@
 """Noise optimisation: closed-form optima, the published loops step by step, exact gradients, and what may go wrong."""
 
-import contextlib
 import math
 
 import pytest
@@ -12,7 +11,7 @@ from rewards import CrossEncoder, Reward, Shapes
 from samplers import DDIM, DNO, DOODL, ODE, Consistency, DFlow, Problem, ReNO, SeededNoise, Trajectory, run
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
-from tests.conftest import Faint, Linear, Quadratic, build_pipeline
+from tests.conftest import Faint, Linear, Quadratic, build_pipeline, saved_bytes
 from tests.oracles import cosine_levels, ddim_coefficients, gaussian_chain, gaussian_continuation
 
 STEPS, WIDTH = 4, 6
@@ -225,32 +224,19 @@ def test_checkpointing_changes_no_bit(diffusion, checkpointing):
     assert torch.equal(*gradients)
 
 
-@contextlib.contextmanager
-def saved():
-    """Counts the bytes that autograd keeps for the backward pass."""
-    kept: list[int] = []
-
-    def keep(tensor):
-        kept.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
-
-
 def test_memory_does_not_grow_with_the_steps(diffusion):
     """Beyond a few latents a step, which are the noises themselves and the states."""
     totals = []
     for steps in (2, 6):
         task = problem(DDIM(1.0), diffusion, particles=1, seeds=(0,), steps=steps)
         leaves = [n.requires_grad_() for n in task.bank()]
-        with saved() as kept:
+        with saved_bytes() as kept:
             task.sample(leaves, grad=lambda i, steps: True)
         totals.append(sum(kept))
     latent = 4 * leaves[0].numel()
     assert totals[1] - totals[0] < 4 * 16 * latent
     diffusion.checkpointing = "none"
-    with saved() as kept:
+    with saved_bytes() as kept:
         task.sample([n.requires_grad_() for n in task.bank()], grad=lambda i, steps: True)
     diffusion.checkpointing = "step"
     assert sum(kept) > 10 * totals[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from torch import Tensor
@@ -32,7 +30,7 @@ from samplers import (
 )
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
-from tests.conftest import Linear, build_pipeline
+from tests.conftest import Linear, build_pipeline, saved_bytes
 
 F64 = torch.float64
 T = 5
@@ -301,19 +299,6 @@ def test_no_graph_outside_the_window():
         policy, DDIM(1.0), cond, levels, bank, grad=last(2), watch=lambda ctx: seen.append(ctx.clean.x0.requires_grad)
     )
     assert seen == [False, False, False, True, True, True]
-
-
-@contextlib.contextmanager
-def saved_bytes():
-    """Counts what autograd keeps for the backward pass."""
-    kept: list[int] = []
-
-    def keep(tensor):
-        kept.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
 
 
 def test_memory_of_a_window_does_not_grow_with_the_steps(diffusion):

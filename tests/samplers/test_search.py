@@ -30,9 +30,8 @@ from samplers import (
 from samplers.families.gaussian import GaussianPolicy
 from samplers.levels import diffuse_again
 from samplers.search import neighbour
-from tests.conftest import Linear, build_pipeline
+from tests.conftest import Linear, Table, build_pipeline, z_score
 from tests.oracles import cosine_levels, ddim_coefficients, gaussian_chain
-from tests.samplers.test_smc import Table, z_score
 
 STEPS, MEAN, STD, SIZE = 5, 0.5, 0.8, 3
 METHODS = [

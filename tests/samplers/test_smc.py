@@ -14,13 +14,11 @@ from samplers import (
     BestOfN,
     CoDe,
     Compose,
-    Cond,
     FeynmanKac,
     Guided,
     Interrupted,
     Levels,
     NoiseBank,
-    Policy,
     RewardFailed,
     SeededNoise,
     Unmask,
@@ -29,12 +27,11 @@ from samplers import (
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
 from samplers.resampling import UNBIASED
-from tests.conftest import Linear, Quadratic, TokenReward, build_pipeline
+from tests.conftest import Linear, Quadratic, Table, TokenReward, build_pipeline, z_score
 from tests.oracles import (
     cosine_levels,
     ddim_coefficients,
     gaussian_chain,
-    masked_table,
     tilted_law,
     tilted_linear,
     tilted_quadratic,
@@ -70,11 +67,6 @@ def run(steering, groups, particles, *, seed=0, policy=None, levels=None, kernel
         steering=steering,
         **options,
     )
-
-
-def z_score(values, expected):
-    """How many standard errors the mean of `values` is from `expected`."""
-    return float((values.mean() - expected) / (values.std() / len(values) ** 0.5))
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
@@ -390,33 +382,6 @@ def test_missing_reward_and_indivisible_children():
         run(FeynmanKac(), 1, 4)
     with pytest.raises(ValueError, match="children"):
         run(SVDD(Linear(), children=3), 1, 4)
-
-
-class Table(Policy):
-    """Masked diffusion over three tokens of three symbols, with one table of clean-token odds a state."""
-
-    prediction = "logits"
-
-    def __init__(self):
-        super().__init__()
-        self.network = torch.nn.Linear(1, 1)
-        self.table = masked_table()
-
-    def encode(self, prompts):
-        return Cond({"row": torch.zeros(len(prompts), 1)})
-
-    def shape(self, size):
-        return (3,)
-
-    def levels(self, steps, size=()):
-        alpha = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        return Levels(1 - alpha, alpha, 1 - alpha)
-
-    def predict(self, x, at, cond):
-        return self.table[tuple(x.T)].log()
-
-    def decode(self, x0, frames=None):
-        return x0
 
 
 @pytest.mark.parametrize("resampler", ["systematic", "multinomial"])

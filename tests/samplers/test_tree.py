@@ -9,11 +9,9 @@ import torch
 from samplers import (
     DDIM,
     ODE,
-    Cond,
     Interrupted,
     Kernel,
     Levels,
-    Policy,
     Problem,
     SeededNoise,
     TreeSampling,
@@ -22,13 +20,12 @@ from samplers import (
 )
 from samplers.families.gaussian import GaussianPolicy
 from samplers.tree import Node
-from tests.conftest import Linear, TokenReward
+from tests.conftest import Linear, Table, TokenReward
 from tests.oracles import (
     MIXTURE,
     cosine_levels,
     ddim_coefficients,
     gaussian_chain,
-    masked_table,
     mixture_tilted_linear,
     tilted_law,
     tilted_linear,
@@ -67,35 +64,9 @@ def z_score(values, expected):
     return float((values.mean() - expected) / (values.std() / len(values) ** 0.5))
 
 
-class Coins(Policy):
-    """Masked diffusion over two tokens of two symbols: a binary tree of depth two."""
-
-    prediction = "logits"
-
-    def __init__(self):
-        super().__init__()
-        self.network, self.table = torch.nn.Linear(1, 1), masked_table(2, 2, seed=1)
-
-    def encode(self, prompts):
-        return Cond({"row": torch.zeros(len(prompts), 1)})
-
-    def shape(self, size):
-        return (2,)
-
-    def levels(self, steps, size=()):
-        alpha = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        return Levels(1 - alpha, alpha, 1 - alpha)
-
-    def predict(self, x, at, cond):
-        return self.table[tuple(x.T)].log()
-
-    def decode(self, x0, frames=None):
-        return x0
-
-
 def coins(groups, particles):
     """A problem on them, a reward, and the exact evidence and tilted law."""
-    policy = Coins()
+    policy = Table(2, 2, seed=1)  # a binary tree of depth two
     values = torch.tensor([[0.0, 0.5], [1.0, 0.2]], dtype=torch.float64)
     levels, g = policy.levels(2), torch.Generator().manual_seed(0)
     first = torch.full((groups * particles, 2), 2)

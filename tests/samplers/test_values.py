@@ -20,7 +20,7 @@ from samplers import (
     rollout,
 )
 from samplers.families.gaussian import GaussianPolicy
-from tests.conftest import Linear, TokenReward
+from tests.conftest import Linear, Table, TokenReward, z_score
 from tests.oracles import (
     MIXTURE,
     ddim_coefficients,
@@ -34,7 +34,7 @@ from tests.oracles import (
     unmasking_law,
     unmasking_values,
 )
-from tests.samplers.test_smc import MEAN, STD, STEPS, Table, chain, run, z_score
+from tests.samplers.test_smc import MEAN, STD, STEPS, chain, run
 
 
 class Given(Value):
