@@ -71,7 +71,12 @@ class Parts:
         columns["error"] = pyarrow.array([r["error"] for r in rows], text)
         failed = Counter(name for r in rows for name, value in r["scores"].items() if value != value)
         reasons = [r["error"] for r in rows if r["error"] is not None]
-        fact = {"rows": [rows[0]["row"], rows[-1]["row"] + 1], "errors": len(reasons), "failed": failed, "first": reasons[:1]}
+        fact = {
+            "rows": [rows[0]["row"], rows[-1]["row"] + 1],
+            "errors": len(reasons),
+            "failed": failed,
+            "first": reasons[:1],
+        }
         table = pyarrow.table(columns).replace_schema_metadata({KEY: json.dumps(fact).encode()})
         whole(self._path(chunk), lambda file: parquet.write_table(table, file))
         self.known[chunk] = fact

@@ -78,7 +78,9 @@ def test_the_ledger_counts_every_call(policy):
     unguided = align.steer(policy, "a cat", BestOfN(Brightness()), particles=k, steps=steps, guidance=1.0, plain=False)
     assert unguided.ledger["network_evaluations"] == k * steps
     guided = align.steer(policy, "a cat", Guided(Brightness(), 1.0), particles=k, steps=steps, plain=False)
-    assert guided.ledger["gradients"] == 2 * k * steps  # both branches; its last level is not clean, so every step is noisy
+    assert (
+        guided.ledger["gradients"] == 2 * k * steps
+    )  # both branches; its last level is not clean, so every step is noisy
     assert set(guided.ledger["arms"]) == {"steered"}
 
 
