@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -202,6 +203,40 @@ def prepare_folder(
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def reopened_folder(
+    out: str | Path | None, asked: str, about: Mapping[str, Any], finished: str, files: Sequence[str], overwrite: bool
+) -> Path:
+    """The folder of a learning run: an empty one, or one in which the same run was cut off. Says in it what is asked.
+
+    Args:
+        asked: the file that says what a run that is not finished was asked for, `about`.
+        finished: the file that only a finished run has.
+        files: what else a run may leave, as glob patterns; `overwrite` removes all of it.
+
+    Raises:
+        FileExistsError: it holds something else.
+    """
+    folder = None if out is None else Path(out).expanduser()
+    text = json.dumps(about)
+    if folder is not None and overwrite:
+        remove(folder, asked, finished, *files)
+    if folder is not None and not (folder / finished).is_file() and (folder / asked).is_file():
+        if (folder / asked).read_text() != text:
+            raise FileExistsError(
+                f"{folder} holds another run that was cut off: choose another --out, or pass --overwrite"
+            )
+    else:
+        folder = prepare_folder(out, overwrite)
+    (folder / asked).write_text(text)
+    return folder
+
+
+def remove(folder: Path, *names: str) -> None:
+    """Removes files, by name or glob pattern, that are there."""
+    for path in [path for name in names for path in folder.glob(name)]:
+        path.unlink()
 
 
 def number(value: float, width: int = 0, digits: int = 3) -> str:

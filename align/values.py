@@ -39,7 +39,7 @@ from .data import read_feedback
 from .description import describe, describe_policy
 from .pictures import INKS, LINE
 from .prompts import given_prompts, world_prompts
-from .results import finite, prepare_folder
+from .results import finite, remove, reopened_folder
 from .sampling import Sampling
 from .states import Kind, States, StatesOf
 
@@ -158,8 +158,7 @@ def train_value(
     width, recognised = probe(policy, layers)
     rows = torch.arange(len(listed)).repeat_interleave(config.samples)
     held = None if preferences is not None else _held(rows, config)
-    folder = _opened(out, about, overwrite)
-    (folder / ASKED).write_text(json.dumps(about))
+    folder = reopened_folder(out, ASKED, about, CONFIG, (WEIGHTS, REPORT, PICTURE, STATES), overwrite)
     maker = StatesOf(policy, layers, reward, sampling, config.states, config.levels, config.seed)
     if held is None:
         assert preferences is not None
@@ -176,8 +175,7 @@ def train_value(
     _write(folder, {**about, "layers": layers, "width": width, "hidden": list(config.hidden)}, head, recognised)
     (folder / REPORT).write_text(json.dumps(finite(report), indent=1) + "\n")
     _draw(folder / PICTURE, report, config.loss)
-    for name in (ASKED, STATES):
-        (folder / name).unlink(missing_ok=True)
+    remove(folder, ASKED, STATES)
     return LearnedValue(folder, report)
 
 
@@ -369,19 +367,6 @@ def _write(folder: Path, config: Mapping[str, Any], head: ValueHead, recognised:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(finite(value), indent=1) + "\n").encode()
-
-
-def _opened(out: str | Path | None, about: Mapping[str, Any], overwrite: bool) -> Path:
-    """The folder, empty or with the same run cut off."""
-    folder = None if out is None else Path(out).expanduser()
-    if folder is not None and overwrite:
-        for name in (CONFIG, WEIGHTS, REPORT, PICTURE, ASKED, STATES):
-            (folder / name).unlink(missing_ok=True)
-    if folder is not None and not (folder / CONFIG).is_file() and (folder / ASKED).is_file():
-        if (folder / ASKED).read_text() == json.dumps(about):
-            return folder
-        raise FileExistsError(f"{folder} holds another run that was cut off: choose another --out, or pass --overwrite")
-    return prepare_folder(out, overwrite)
 
 
 def _draw(path: Path, report: Mapping[str, Any], loss: str) -> None:

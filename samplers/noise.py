@@ -6,12 +6,12 @@ a function of i: asking twice gives the same tensor, so that a step can be check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Noise", "NoiseBank", "SeededNoise", "onward", "side_generator"]
+__all__ = ["Noise", "NoiseBank", "SeededNoise", "onward", "side_generator", "side_noise"]
 
 Noise = Callable[[int], Tensor]
 _MASK = (1 << 64) - 1
@@ -100,6 +100,11 @@ def side_generator(noise: Noise, row: int, *keys: int) -> torch.Generator:
     """A generator for decisions beside the noise itself (resampling, look-ahead draws), tied to a row's seed if it has one."""
     seed = noise.seeds[row] if isinstance(noise, SeededNoise) else row
     return torch.Generator().manual_seed(mix(seed, 0x51DE, *keys))
+
+
+def side_noise(noise: Noise, rows: Iterable[int], shape: Sequence[int], *keys: int) -> Tensor:
+    """(R, *shape) standard normal draws beside the noise itself, on the CPU: a function of each row's seed and the keys."""
+    return torch.stack([torch.randn(tuple(shape), generator=side_generator(noise, row, *keys)) for row in rows])
 
 
 def onward(x: Tensor, noise: Noise, begin: int) -> Noise:

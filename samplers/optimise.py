@@ -36,7 +36,7 @@ from rewards.base import Reward
 
 from .descent import LBFGS, Adam, Descent, Momentum
 from .levels import at_least_float32
-from .noise import side_generator
+from .noise import side_generator, side_noise
 from .outer import Found, Outer, Problem, where_rows
 from .rollout import GradWindow, Trajectory
 from .steering import Context, gradients
@@ -368,9 +368,7 @@ class DOODL(NoiseOptimisation):
         return gradient.clamp(-self.clip, self.clip)
 
     def settled(self, problem: Problem, z: Tensor, start: Tensor, index: int) -> Tensor:
-        generators = [side_generator(problem.noise, row, index, 1) for row in range(len(z))]
-        fresh = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators])
-        z = z + self.jitter * fresh.to(z)
+        z = z + self.jitter * side_noise(problem.noise, range(len(z)), z.shape[1:], index, 1).to(z)
         norms = [v.flatten(1).norm(dim=1) for v in (start, z)]
         return z * (norms[0] / norms[1]).reshape(-1, *[1] * (z.ndim - 1))
 

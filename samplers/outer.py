@@ -20,15 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rewards.base import Prompt, Reward, as_prompts
+from rewards.base import Prompt, Reward
 
 from .budget import Budget
 from .kernels import Kernel
 from .ledger import Ledger
 from .levels import Levels
-from .noise import Noise, SeededNoise, side_generator
+from .noise import Noise, SeededNoise, side_noise
 from .policy import Cond, Policy
-from .rollout import GradWindow, Interrupted, Record, Trajectory, check, never, rollout
+from .rollout import GradWindow, Interrupted, Record, Trajectory, check, never, rollout, row_by_row, shaped
 from .steering import FREE, Context, RewardFailed, Steering
 
 __all__ = ["Found", "Iterate", "Outer", "Problem", "run"]
@@ -86,19 +86,8 @@ class Problem:
     failures: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        noise, policy = self.noise, self.policy
-        if isinstance(noise, SeededNoise) and noise.shape is None:
-            self.noise = SeededNoise(noise.seeds, policy.shape(policy.size), device=policy.device, stream=noise.stream)
-        rows = len(self.noise(0))
-        if self.particles < 1 or rows % self.particles:
-            raise ValueError(f"noise(0) has {rows} rows, which {self.particles} particles a prompt do not divide")
-        self.prompts = [p for p in as_prompts(list(self.prompts)) for _ in range(rows // max(len(self.prompts), 1))]
-        self.cond = self.cond if len(self.cond) == rows else self.cond.repeat(self.particles)
-        if len(self.cond) != rows or (self.prompts and len(self.prompts) != rows):
-            raise ValueError(
-                f"cond and prompts need one row a prompt ({rows // self.particles}) or one a sample ({rows}); got "
-                f"{len(self.cond)} and {len(self.prompts)}"
-            )
+        self.noise = shaped(self.noise, self.policy)
+        self.cond, self.prompts = row_by_row(self.cond, self.prompts, len(self.noise(0)), self.particles)
         self.started = time.perf_counter()
 
     @property
@@ -130,8 +119,7 @@ class Problem:
             own = noise(i)[rows]
             if stream == 0 or not own.is_floating_point():  # tokens start fully masked, always
                 return own
-            generators = [side_generator(noise, row, stream, i) for row in rows.tolist()]
-            return torch.stack([torch.randn(own.shape[1:], generator=g) for g in generators]).to(own)
+            return side_noise(noise, rows.tolist(), own.shape[1:], stream, i).to(own)
 
         return draw
 

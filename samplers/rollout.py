@@ -195,11 +195,11 @@ def rollout(
     """
     if steering.outside:
         raise ValueError(f"{steering} makes rollouts of its own: pass it to align.steer or samplers.run")
-    if isinstance(noise, SeededNoise) and noise.shape is None:
-        noise = SeededNoise(noise.seeds, policy.shape(policy.size), device=policy.device, stream=noise.stream)
+    noise = shaped(noise, policy)
     x = noise(0)
     x = x.to(policy.device, policy.dtype if x.is_floating_point() else x.dtype)
-    ctx = _population(policy, kernel, cond, levels, noise, len(x), particles, as_prompts(list(prompts)), steering)
+    cond, told = row_by_row(cond, prompts, len(x), particles)
+    ctx = Context(policy, kernel, cond, levels, noise, particles, told, steering)
     ctx.enter(0, x, Clean(x, x))  # nothing is known yet
     _check(ctx, grad, record)
     path, log_probs, opened = [x], [], False
@@ -284,7 +284,15 @@ def check(ctx: Context) -> None:
     ctx.steering.check(ctx)
 
 
-def _population(policy, kernel, cond, levels, noise, rows, particles, prompts, steering) -> Context:
+def shaped(noise: Noise, policy: Policy) -> Noise:
+    """The noise; of the policy's native size if it has none."""
+    if isinstance(noise, SeededNoise) and noise.shape is None:
+        return SeededNoise(noise.seeds, policy.shape(policy.size), device=policy.device, stream=noise.stream)
+    return noise
+
+
+def row_by_row(cond: Cond, prompts: Sequence[str | Prompt], rows: int, particles: int) -> tuple[Cond, list[Prompt]]:
+    """Conditions and prompts, given one a prompt or one a sample, as one a sample."""
     if particles < 1:
         raise ValueError(f"particles must be ≥ 1; got {particles}")
     if rows % particles:
@@ -293,13 +301,14 @@ def _population(policy, kernel, cond, levels, noise, rows, particles, prompts, s
         cond = cond.repeat(particles)
     if len(cond) != rows:
         raise ValueError(f"cond needs one row a prompt ({rows // particles}) or one a sample ({rows}); got {len(cond)}")
+    prompts = as_prompts(list(prompts))
     if prompts and len(prompts) == rows // particles:
         prompts = [p for p in prompts for _ in range(particles)]
     if prompts and len(prompts) != rows:
         raise ValueError(
             f"prompts needs one entry a prompt ({rows // particles}) or a sample ({rows}); got {len(prompts)}"
         )
-    return Context(policy, kernel, cond, levels, noise, particles, prompts, steering)
+    return cond, prompts
 
 
 def _trajectory(ctx: Context, path: list[Tensor], log_probs: list[Tensor], stopped_at: int | None) -> Trajectory:

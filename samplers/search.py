@@ -25,7 +25,7 @@ from torch import Tensor
 from rewards.base import Reward
 
 from .levels import at_least_float32, diffuse_again
-from .noise import SeededNoise, side_generator
+from .noise import SeededNoise, side_noise
 from .outer import Found, Outer, Problem, where_rows
 from .steering import Context
 from .transitions import widest
@@ -96,8 +96,7 @@ def best_of(problem: Problem, draws: int, propose: Callable[[int], Sequence[Tens
 def gaussians(problem: Problem, like: Sequence[Tensor], *keys: int) -> list[Tensor]:
     """Standard normal tensors (B, …) of given shapes, each row from a stream of its own for these keys."""
     sizes = [noise[0].numel() for noise in like]
-    generators = (side_generator(problem.noise, row, *keys) for row in range(problem.rows))
-    flat = torch.stack([torch.randn(sum(sizes), generator=g) for g in generators])
+    flat = side_noise(problem.noise, range(problem.rows), [sum(sizes)], *keys)
     return [part.reshape(n.shape).to(n) for part, n in zip(flat.split(sizes, 1), like, strict=True)]
 
 

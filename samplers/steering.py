@@ -21,7 +21,7 @@ from rewards.base import Prompt, Reward
 from .kernels import DDIM, Kernel
 from .ledger import Ledger
 from .levels import Clean, Levels, at_least_float32, diffuse_again
-from .noise import Noise, side_generator
+from .noise import Noise, side_generator, side_noise
 from .transitions import Categorical, Transition
 from .values import Value
 
@@ -271,9 +271,8 @@ class Context:
 
     def side_noise(self, *keys: int) -> Tensor:
         """(B, …) standard normal draws beside the noise of the run, a function of the row's seed, the step and the keys."""
-        shape, device = self.clean.x0.shape[1:], self.x.device
-        generators = (side_generator(self.noise, row, self.step, *keys) for row in range(len(self.x)))
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+        shape = self.clean.x0.shape[1:]
+        return side_noise(self.noise, range(len(self.x)), shape, self.step, *keys).to(self.x.device)
 
     def generators(self) -> list[torch.Generator]:
         """One generator a group for this step's resampling, tied to the seed of the group's first row."""

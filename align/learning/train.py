@@ -24,7 +24,7 @@ from rewards.learned import CONFIG, WEIGHTS, add_lora, linear_layers, write_lear
 
 from ..data import Columns, Feedback, read_feedback
 from ..description import describe
-from ..results import finite, prepare_folder
+from ..results import finite, remove, reopened_folder
 from ..scorer import device_of
 from .calibration import Calibration, calibrate, said
 from .data import Comparisons, compare, digest, split
@@ -107,8 +107,7 @@ def train_reward(
     first = encode(encoder, train.samples[:1]).all
     head.shape(first.joint.shape[1], first.prompt.shape[1], config.seed)
     about = _described(feedback, encoder, head, loss, config)
-    folder = _opened(out, about, overwrite)
-    (folder / ASKED).write_text(json.dumps(about))
+    folder = reopened_folder(out, ASKED, about, CONFIG, (WEIGHTS, REPORT, PICTURE, STATE, FEATURES), overwrite)
     encoder, lora = _adapted(encoder, config)
     learner = _Learner(folder, folder if cache is None else Path(cache).expanduser(), encoder, head, config, progress)
     encodings = learner.encodings(train, lora is not None)
@@ -131,7 +130,7 @@ def train_reward(
         "temperature": finite(report["temperature"]),
     }
     write_learned(folder, about, head, encoder, codes, few)
-    _remove(folder, ASKED, STATE, FEATURES)
+    remove(folder, ASKED, STATE, FEATURES)
     return LearnedReward(folder, report)
 
 
@@ -251,24 +250,6 @@ def _whole(component: Any) -> dict[str, Any]:
     defaults = {p.name: p.default for p in signature if p.default is not p.empty}
     told = describe(component)
     return {**told, "init_args": describe(defaults) | told["init_args"]}
-
-
-def _opened(out: str | Path | None, about: Mapping[str, Any], overwrite: bool) -> Path:
-    """The folder, empty or with the same run cut off."""
-    folder = None if out is None else Path(out).expanduser()
-    if folder is not None and overwrite:
-        _remove(folder, CONFIG, WEIGHTS, REPORT, PICTURE, ASKED, STATE, FEATURES)
-    if folder is not None and not (folder / CONFIG).is_file() and (folder / ASKED).is_file():
-        before = (folder / ASKED).read_text()
-        if before == json.dumps(about):
-            return folder
-        raise FileExistsError(f"{folder} holds another run that was cut off: choose another --out, or pass --overwrite")
-    return prepare_folder(out, overwrite)
-
-
-def _remove(folder: Path, *names: str) -> None:
-    for path in [path for name in names for path in folder.glob(name)]:
-        path.unlink()
 
 
 def _adapted(encoder: Reward, config: FitConfig) -> tuple[Reward, dict[str, Any] | None]:
