@@ -14,8 +14,9 @@ and a kernel is a choice of `std` and `b` (`Unmask` is the same idea for tokens)
     FlowSDE(eta)    η·sqrt(σ_t/(1 − σ_t))·sqrt(t − s)             σ_s − std²/(2σ_t)    Flow-GRPO 2505.05470
     DanceSDE(eta)   η·sqrt(t − s)                                 σ_s − std²/(2σ_t)    DanceGRPO 2505.07818
 
-FlowSDE's rule is infinite at σ_t = 1; there (1 − σ_t) takes the second grid point, 1 − σ_s, as its authors do. The two SDE
-kernels are defined on rectified flows only (α = 1 − σ).
+FlowSDE's rule is infinite at σ_t = 1; there (1 − σ_t) takes the second grid point, 1 − σ_s, as its authors do, so that its
+first step is as noisy on any grid. The two SDE kernels are defined on rectified flows only (α = 1 − σ). Consistency and CPS
+draw a share of the noise afresh however short the step: more steps do not bring their samples to the data's law.
 
 Multistep ODE solvers are left out on purpose: they are not Markov in x and so have no log-probability.
 """

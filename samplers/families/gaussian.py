@@ -35,7 +35,8 @@ class MixturePosterior(nn.Module):
         self.means = nn.Parameter(means)
 
     def forward(self, x: Tensor, at: Levels) -> Tensor:
-        alpha, sigma = (spread(v, x[:, None]) for v in (at.alpha, at.sigma))  # scalars, or (B, 1, 1)
+        # (1, 1, 1) or (B, 1, 1): one level and one level a row round alike, so that replayed ratios are exactly 1
+        alpha, sigma = (spread(torch.atleast_1d(v), x[:, None]) for v in (at.alpha, at.sigma))
         variances = self.variances[:, None]  # (K, 1)
         marginal = alpha**2 * variances + sigma**2
         centred = x[:, None] - alpha * self.means  # (B, K, d)
