@@ -264,7 +264,7 @@ def concat(batches: Sequence[Batch]) -> Batch:
         if isinstance(value, Tensor):
             fields[name] = torch.cat([r[name] for r in rows])
         elif isinstance(value, Cond):
-            fields[name] = _cat_cond([r[name] for r in rows])
+            fields[name] = Cond.joined([r[name] for r in rows])
         elif name == "at":
             fields[name] = Levels(
                 *(torch.cat([getattr(r[name], part) for r in rows]) for part in ("t", "alpha", "sigma"))
@@ -274,14 +274,6 @@ def concat(batches: Sequence[Batch]) -> Batch:
     columns = {name: torch.cat([b.columns[name] for b in batches]) for name in first.columns}
     prompts = tuple(p for b in batches for p in b.prompts)
     return Batch(type(first.rows)(**fields), columns, prompts, first.members, first.shared)
-
-
-def _cat_cond(conds: Sequence[Cond]) -> Cond:
-    positive = {name: torch.cat([c.positive[name] for c in conds]) for name in conds[0].positive}
-    negative = None
-    if conds[0].negative is not None:
-        negative = {name: torch.cat([c.negative[name] for c in conds if c.negative]) for name in conds[0].negative}
-    return Cond(positive, negative, conds[0].guidance)
 
 
 def _moved(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from rewards.base import Configurable
@@ -82,12 +83,32 @@ class Cond:
     def both(self) -> Cond:
         """Negative rows, then positive rows: one batch for one network call."""
         assert self.negative is not None
-        return Cond({name: torch.cat([self.negative[name], value]) for name, value in self.positive.items()})
+        return Cond({name: joined([self.negative[name], value]) for name, value in self.positive.items()})
+
+    @staticmethod
+    def joined(conds: Sequence[Cond]) -> Cond:
+        """The rows of several conditions of one kind, in order; shorter texts are filled up with zeros."""
+        first = conds[0]
+        positive = {name: joined([c.positive[name] for c in conds]) for name in first.positive}
+        negative = first.negative and {
+            name: joined([(c.negative or {})[name] for c in conds]) for name in first.negative
+        }
+        return Cond(positive, negative, first.guidance)
 
     def _map(self, change) -> Cond:
         positive = {name: change(value) for name, value in self.positive.items()}
         negative = None if self.negative is None else {name: change(value) for name, value in self.negative.items()}
         return Cond(positive, negative, self.guidance)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B, …) one after the other; where their other axes differ, filled up with zeros at the end."""
+    longest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    filled = []
+    for part in parts:
+        missing = [(0, most - n) for n, most in zip(part.shape[1:], longest, strict=True)]
+        filled.append(pad(part, [n for pair in reversed(missing) for n in pair]) if any(map(sum, missing)) else part)
+    return torch.cat(filled)
 
 
 class Policy(Configurable, nn.Module, ABC):
@@ -217,8 +238,11 @@ class Policy(Configurable, nn.Module, ABC):
             return self.predict(x, at, cond)
         doubled = at if at.t.ndim == 0 else Levels(*(torch.cat([v, v]) for v in (at.t, at.alpha, at.sigma)))
         negative, positive = self.predict(torch.cat([x, x]), doubled, cond.both()).chunk(2)
-        negative = negative if self.uncond_grad else negative.detach()
-        return negative + cond.guidance * (positive - negative)
+        return self.guided(negative if self.uncond_grad else negative.detach(), positive, cond.guidance)
+
+    def guided(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (2207.12598): both branches' outputs at a scale; 1 is the positive branch alone."""
+        return negative + scale * (positive - negative)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -30,6 +30,7 @@ def arguments(
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where to train, for the scripts that take more than a CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
@@ -38,9 +39,9 @@ def arguments(
     return args
 
 
-def autocast():
+def autocast(device: str = "cpu"):
     """bfloat16 matrix products and convolutions, float32 weights: about five times faster on a CPU with AMX."""
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 def save(state: dict, path: Path) -> None:
@@ -71,7 +72,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(args.seed)
         self.step, self.seconds, self.path = 0, 0.0, WORK / f"{name}.pt"
         if self.path.exists():
-            saved = torch.load(self.path, weights_only=False)
+            saved = torch.load(self.path, weights_only=False, map_location="cpu")
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.generator.set_state(saved["generator"])
             optimizer.load_state_dict(saved["optimizer"])

@@ -35,13 +35,14 @@ def main() -> None:
     print(f"step {state['step']} written")
 
 
-def export(pipe: DiffusionPipeline, folder: Path, generation: dict) -> None:
-    """Writes a pipeline in half precision with its default generation settings."""
+def export(pipe: DiffusionPipeline, folder: Path, generation: dict, texts: tuple[str, ...] = ("",)) -> None:
+    """Writes a pipeline, whose text encoders' names end in `texts`, in half precision with its default settings."""
     pipe.to(torch.float16).save_pretrained(folder)
-    shutil.copytree(WORK / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # vocab.json for older transformers
+    for text in texts:  # vocab.json for older transformers
+        shutil.copytree(WORK / "tokenizer", folder / f"tokenizer{text}", dirs_exist_ok=True)
+        tidy(folder / f"text_encoder{text}" / "config.json")
+    tidy(folder / "vae" / "config.json")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for name in ("vae", "text_encoder"):
-        tidy(folder / name / "config.json")
 
 
 if __name__ == "__main__":

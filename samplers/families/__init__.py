@@ -6,4 +6,5 @@
 FAMILIES = {
     "StableDiffusionPipeline": "samplers.families.sd:StableDiffusion",
     "LatentConsistencyModelPipeline": "samplers.families.sd:StableDiffusion",
+    "StableDiffusion3Pipeline": "samplers.families.sd3:StableDiffusion3",
 }

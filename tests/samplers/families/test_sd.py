@@ -198,8 +198,9 @@ def test_levels_are_the_schedulers_own(build, steps, spacing, offset, to_one):
 def test_multistep_and_sigma_schedulers_become_ddim(build, scheduler):
     ddim = DDIMScheduler.from_config(scheduler.config)
     policy, expected = build(scheduler)[1], build(ddim)[1]
-    for name in ("t", "alpha", "sigma"):
-        assert torch.equal(getattr(policy.levels(10), name), getattr(expected.levels(10), name))
+    for name in ("t", "alpha", "sigma"):  # Euler keeps a trace of signal, ᾱ = 2⁻²⁴, at a level that should have none
+        ours, theirs = getattr(policy.levels(10), name), getattr(expected.levels(10), name)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if isinstance(scheduler, PNDMScheduler) else 2.5e-4)
     assert policy.prediction == {"epsilon": "eps", "v_prediction": "v"}[scheduler.config.prediction_type]
     ddim.set_timesteps(10)
     assert policy.levels(10).t[:-1].tolist() == ddim.timesteps.tolist()
