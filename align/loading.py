@@ -17,6 +17,7 @@ from samplers.families import FAMILIES
 from samplers.policy import Policy
 
 from .adapters import WEIGHTS as ALL_WEIGHTS
+from .planning.hollow import hollow_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +51,7 @@ def load_policy(
         student: for few-step students that come as LoRA or as a network alone, over a many-step checkpoint's schedule: "lcm" for
             latent consistency (LCM-LoRA), "trailing" for turbo, Hyper-SD and DMD students. Whole checkpoints of LCM and
             SD-Turbo are recognised by their schedulers.
-        device: where to run; a GPU (CUDA, then Apple's) if there is one.
+        device: where to run; a GPU (CUDA, then Apple's) if there is one. On "meta" no weights are read: see `align.planning`.
         dtype: of the networks, as a torch dtype or its name; float32 on the CPU, float16 elsewhere.
         preview_vae: an `AutoencoderTiny` (folder or hub id) that decodes intermediate estimates.
         waiting: leave the denoising network on the CPU, from where training shards it over devices.
@@ -76,7 +77,10 @@ def load_policy(
     weights = [file.name for file in Path(model).glob("unet/*") if file.name.endswith(WEIGHTS)]
     variant = "fp16" if weights and all(".fp16." in name for name in weights) else None
     with _quiet(diffusers), _named(model):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, **unused)
+        if device.type == "meta":
+            pipe = hollow_pipeline(model, config, dtype, unused)
+        else:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, **unused)
         whole = None if lora is None else Path(lora) / ALL_WEIGHTS
         if lora is not None and not (whole and whole.is_file()):
             pipe.load_lora_weights(lora)
