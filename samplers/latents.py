@@ -47,6 +47,7 @@ class LatentPolicy(Policy):
     Attributes:
         schedulers: names of the scheduler classes a folder of this family may hold.
         contrasts: whether there is an unconditional branch, that is, classifier-free guidance.
+        sided: whether the unconditional branch may embed a text otherwise than the other does.
         multiple: what the sides of an image must be multiples of, in pixels.
         max_sequence_length: tokens the text is padded or cut to, where the pipeline has a choice.
 
@@ -56,6 +57,7 @@ class LatentPolicy(Policy):
 
     schedulers: ClassVar[tuple[str, ...]]
     contrasts: bool = True
+    sided: bool = True
     multiple: int = 8
     max_sequence_length: int | None = None
     vae: Any
@@ -87,6 +89,7 @@ class LatentPolicy(Policy):
     @torch.no_grad()
     def _embedded(self, texts: list[str], negative: bool) -> dict[str, Tensor]:
         """Each distinct text goes through the encoders once, and alone: so no sample depends on its batch."""
+        negative = negative and self.sided
         for text in dict.fromkeys(texts):
             if (text, negative) not in self._embeddings:
                 self._embeddings[text, negative] = self.embed(text, negative)

@@ -23,6 +23,8 @@ class StableDiffusion(VPPolicy):
         ValueError: a UNet that takes more than a latent (inpainting).
     """
 
+    sided = False
+
     def __init__(self, pipe, preview_vae=None) -> None:
         super().__init__(pipe, preview_vae)
         channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels

@@ -20,6 +20,7 @@ class StableDiffusion3(FlowPolicy):
     """Any `StableDiffusion3Pipeline`."""
 
     max_sequence_length = 256
+    sided = False
 
     def __init__(self, pipe, preview_vae=None) -> None:
         super().__init__(pipe, preview_vae)

@@ -43,13 +43,13 @@ def test_weights_are_frozen_and_in_the_asked_precision(tiny_folder):
 
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_any_scheduler_of_a_published_checkpoint_loads(scheduler, tmp_path):
-    """Levels are those of DDIM with the checkpoint's betas and spacing."""
+    """Levels are those of DDIM with the checkpoint's betas and spacing, or of a scheduler that has levels of its own."""
     made = getattr(diffusers, scheduler)(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
     )
     build_pipeline(tmp_path, scheduler=made).save_pretrained(tmp_path / "model")
     levels = load_policy(tmp_path / "model").levels(10)
-    reference = diffusers.DDIMScheduler(
+    reference = made if "DPM" in scheduler else diffusers.DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
         timestep_spacing=made.config.timestep_spacing,
     )  # fmt: skip
