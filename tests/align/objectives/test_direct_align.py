@@ -94,6 +94,17 @@ def test_the_loss_is_the_relative_reward_of_the_recovered_sample(frame, predicti
     torch.testing.assert_close(metrics["reward"].double(), relative.detach().mean(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_surplus_runs_over_the_levels_as_in_the_released_code():
+    """There the m-th of N levels, counted from the cleanest, has the m-th of N numbers from 0.1 to 0.25, and from 0.3 to 0.01."""
+    one, n = DirectAlign(), 1000
+    for m in (0, 333, n - 1):
+        place = 1 - m / (n - 1)  # 0 is the noisiest
+        forward, back = (k[0] + place * (k[1] - k[0]) for k in (one.k, one.inversion_k))
+        assert (forward, back) == pytest.approx(
+            [float(torch.linspace(*ends, n)[m]) for ends in ((0.1, 0.25), (0.3, 0.01))]
+        )
+
+
 @pytest.mark.parametrize(("frame", "prediction"), FRAMES)
 def test_the_branches_pull_in_opposite_directions(frame, prediction):
     """From one state and one reward: only the sign and size of the step differ."""
