@@ -50,10 +50,13 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self.known or key in given:
             return
+        self._live(storage, key, storage.nbytes())
+
+    def _live(self, storage: torch.UntypedStorage, key: int, size: int) -> None:
         self.known.add(key)
-        self.now += storage.nbytes()
+        self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
+        weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self.known.discard(key)
