@@ -44,9 +44,9 @@ def load_policy(
 
     Args:
         model: a folder in the diffusers layout, or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The
-            default is the embedded model, "tiny-sd"; "tiny-turbo" is its few-step student. A `generation_config.json` in the
-            folder sets the defaults of `steps` ("num_inference_steps") and `guidance` ("guidance_scale"), and may name the
-            "world" whose detector is gold.
+            default is the embedded model, "tiny-sd"; "tiny-turbo" is its few-step student, "tiny-flow" a rectified flow. A
+            `generation_config.json` in the folder sets the defaults of `steps` ("num_inference_steps") and `guidance`
+            ("guidance_scale"), the length of texts ("max_sequence_length"), and may name the "world" whose detector is gold.
         lora: LoRA weights in the diffusers format: a folder, a file or a hub id; or the folder of a run that trained all weights.
         student: for few-step students that come as LoRA or as a network alone, over a many-step checkpoint's schedule: "lcm" for
             latent consistency (LCM-LoRA), "trailing" for turbo, Hyper-SD and DMD students. Whole checkpoints of LCM and
@@ -74,7 +74,9 @@ def load_policy(
     import diffusers
 
     unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in config}
-    weights = [file.name for file in Path(model).glob("unet/*") if file.name.endswith(WEIGHTS)]
+    unused |= {name: None for name, entry in config.items() if entry == [None, None]}
+    networks = (file for part in ("unet", "transformer") for file in Path(model).glob(f"{part}/*"))
+    weights = [file.name for file in networks if file.name.endswith(WEIGHTS)]
     variant = "fp16" if weights and all(".fp16." in name for name in weights) else None
     with _quiet(diffusers), _named(model):
         if device.type == "meta":
@@ -102,6 +104,8 @@ def load_policy(
     defaults = _generation_config(model)
     policy.steps = int(defaults.get("num_inference_steps", policy.steps))
     policy.guidance = float(defaults.get("guidance_scale", policy.guidance))
+    if policy.max_sequence_length is not None:
+        policy.max_sequence_length = int(defaults.get("max_sequence_length", policy.max_sequence_length))
     policy.source, policy.world = str(model), str(defaults.get("world", ""))
     policy.adapter, policy.student = "" if lora is None else str(lora), student or ""
     return policy
@@ -220,7 +224,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _embedded(model: str | Path) -> str | Path:
     """The folder of an embedded model's name, unless a folder here has that name."""
     named = EMBEDDED.parent / str(model)
-    return named if str(model) in ("tiny-sd", "tiny-turbo") and not Path(model).exists() else model
+    return named if str(model) in ("tiny-sd", "tiny-turbo", "tiny-flow") and not Path(model).exists() else model
 
 
 def _expanded(path: str | Path) -> str | Path:
