@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from samplers.noise import mix
 
 from .batches import Batch, Noised, Paths
 
-__all__ = ["noised", "pick", "trainable_steps", "unfolded"]
+__all__ = ["LevelLaw", "noised", "pick", "trainable_steps", "unfolded"]
+
+LevelLaw = Literal["uniform", "logit_normal", "sampled"]
 
 
 def pick(count: int, start: int, size: int, seed: int) -> list[int]:
@@ -26,7 +29,14 @@ def pick(count: int, start: int, size: int, seed: int) -> list[int]:
 
 
 def noised(
-    policy: Policy, x0: Tensor, cond: Cond, seeds: Sequence[int], members: int, draws: int, t: str = "uniform"
+    policy: Policy,
+    x0: Tensor,
+    cond: Cond,
+    seeds: Sequence[int],
+    members: int,
+    draws: int,
+    t: LevelLaw = "uniform",
+    levels: Levels | None = None,
 ) -> tuple[Noised, Tensor]:
     """Draws noise and level for clean samples; the members of an item share them.
 
@@ -34,23 +44,31 @@ def noised(
         x0: (B, …), B a multiple of `members`.
         seeds: one an item.
         draws: independent draws an item.
-        t: how levels are drawn: "uniform" in the network's time, or "logit_normal" (SD3, 2403.03206).
+        t: how levels are drawn: "uniform" in the network's time, "logit_normal" (SD3, 2403.03206), or "sampled": those at which
+            a run asks the network, none of them twice in an item before all have come.
+        levels: the run's table, for "sampled".
 
     Returns:
         The rows (B·draws), item by item and draw by draw, and which row of x0 each came from.
     """
-    levels, eps = [], []
+    places, eps = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(draws):
-            u = torch.rand((), generator=generator, dtype=torch.float64)
-            if t == "logit_normal":
+        order = torch.randperm(levels.steps, generator=generator) if levels is not None and t == "sampled" else None
+        for draw in range(draws):
+            if order is not None:
+                u = order[draw % len(order)]
+            elif t == "logit_normal":
                 u = torch.randn((), generator=generator, dtype=torch.float64).sigmoid()
-            levels += [u] * members
+            else:
+                u = torch.rand((), generator=generator, dtype=torch.float64)
+            places += [u] * members
             eps += [torch.randn(x0.shape[1:], generator=generator)] * members
+    drawn = torch.stack(places)
+    at = levels[drawn] if levels is not None and t == "sampled" else policy.training_levels(drawn)
     row = torch.arange(len(x0)).reshape(-1, 1, members).expand(-1, draws, -1).flatten()
     there = row.to(x0.device)
-    return Noised(x0[there], torch.stack(eps).to(x0), policy.training_levels(torch.stack(levels)), cond[there]), row
+    return Noised(x0[there], torch.stack(eps).to(x0), at, cond[there]), row
 
 
 def trainable_steps(kernel: Kernel, levels: Levels, skip_last: int) -> Tensor:

@@ -22,7 +22,7 @@ from samplers.noise import mix
 from .batches import Batch, Noised, Paths, Steps
 from .choices import settings_of, unlike
 from .data import Feedback, read_feedback
-from .drawing import pick, trainable_steps, unfolded
+from .drawing import LevelLaw, pick, trainable_steps, unfolded
 from .given import ORDER, Given, Item, require_shape
 from .media import load_latents
 from .rows import Record
@@ -43,7 +43,7 @@ class Preferences(Given):
         evidence: "clean" encodes the images (or takes latents where there are none) and noises them; "steps" takes recorded
             trajectories, as `sample_pairs` writes them (D3PO).
         draws: noise draws an item, for "clean".
-        t: how the levels of "clean" evidence are drawn, "uniform" or "logit_normal".
+        t: how the levels of "clean" evidence are drawn: "uniform", "logit_normal", or "sampled", those of the run's own steps.
         epochs: passes over what is collected for an update.
         ties: "drop" leaves out pairs, and lists, that nobody could tell apart; "keep" gives them equal quality.
         as_list: one item of all media of a row instead of one item a pair; all rows must have equally many.
@@ -63,7 +63,7 @@ class Preferences(Given):
         path: str,
         evidence: Literal["clean", "steps"] = "clean",
         draws: int = 1,
-        t: Literal["uniform", "logit_normal"] = "uniform",
+        t: LevelLaw = "uniform",
         epochs: int = 1,
         ties: Literal["drop", "keep"] = "drop",
         as_list: bool = False,
@@ -179,7 +179,7 @@ class Likes(Given):
         of: Literal["likes", "preferences"] = "likes",
         positive_ratio: Optional[float] = 0.8,
         draws: int = 1,
-        t: Literal["uniform", "logit_normal"] = "uniform",
+        t: LevelLaw = "uniform",
         epochs: int = 1,
         prompt_dropout: float = 0.0,
         size: Optional[tuple[int, int]] = None,
@@ -242,7 +242,7 @@ class Captions(Given):
         path: str,
         of: Literal["captions", "preferences", "likes"] = "captions",
         draws: int = 1,
-        t: Literal["uniform", "logit_normal"] = "uniform",
+        t: LevelLaw = "uniform",
         epochs: int = 1,
         prompt_dropout: float = 0.0,
         size: Optional[tuple[int, int]] = None,

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +31,7 @@ from samplers.noise import mix
 
 from .batches import Batch, Noised
 from .data import Feedback
-from .drawing import noised, pick
+from .drawing import LevelLaw, noised, pick
 from .media import Media, fitted, latent_shapes, load_latents, load_rgb
 from .rows import Record
 from .sources import Run, Source
@@ -106,14 +107,15 @@ class Given(Source):
     kind = "data"
     makes = Noised
 
-    def __init__(self, feedback: Feedback, draws: int, t: str, prompt_dropout: float, size, cache) -> None:
+    def __init__(self, feedback: Feedback, draws: int, t: LevelLaw, prompt_dropout: float, size, cache) -> None:
         if draws < 1:
             raise ValueError(f"draws must be ≥ 1; got {draws}")
-        if t not in ("uniform", "logit_normal"):
-            raise ValueError(f't must be "uniform" or "logit_normal"; got {t!r}')
+        if t not in get_args(LevelLaw):
+            raise ValueError(f"t must be one of {', '.join(get_args(LevelLaw))}; got {t!r}")
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"prompt_dropout must lie in [0, 1]; got {prompt_dropout}")
-        self.feedback, self.draws, self.t, self.prompt_dropout = feedback, draws, t, prompt_dropout
+        self.feedback, self.draws, self.prompt_dropout = feedback, draws, prompt_dropout
+        self.t: LevelLaw = t
         self.size = None if size is None else tuple(size)
         self.encoded = Encoded(cache)
         self.items: list[Item] = []
@@ -175,7 +177,7 @@ class Given(Source):
         with torch.no_grad():
             cond = run.policy.encode(spoken).with_guidance(1.0)
         seeds = [mix(run.seed, NOISE, iteration, place) for place in places]
-        rows, origin = noised(run.policy, x0, cond, seeds, members, self.draws, self.t)
+        rows, origin = noised(run.policy, x0, cond, seeds, members, self.draws, self.t, run.sampling.levels)
         columns = {name: values[origin] for name, values in self.columns_of(mine).items()}
         return Batch(rows, columns, tuple(prompts[i] for i in origin.tolist()), members)
 

@@ -28,7 +28,7 @@ from samplers.noise import mix
 
 from .advantages import Advantage, PromptStatistics, advantages, best_and_worst, normalised
 from .batches import Batch, Noised, Paths, Rows, Starts, Steps, concat
-from .drawing import noised, pick, trainable_steps, unfolded
+from .drawing import LevelLaw, noised, pick, trainable_steps, unfolded
 from .prompts import given_prompts, world_prompts
 from .sampling import Sampling
 from .world import World
@@ -169,7 +169,7 @@ class Rollouts(Source):
         skip_last: leave this many last steps out of training.
         drop_zero: leave samples with advantage 0 out of the mean, not only out of the work.
         draws: noise draws a sample for "clean" evidence.
-        t: how the levels of "clean" evidence are drawn, "uniform" or "logit_normal".
+        t: how the levels of "clean" evidence are drawn: "uniform", "logit_normal", or "sampled", those of the rollout's steps.
         guided: whether "clean" evidence uses guidance; published denoising losses do not.
         speaker: who samples: "policy", or "old" for methods that roll out with earlier weights (DiffusionNFT).
         reward: what scores; the run's by default.
@@ -195,7 +195,7 @@ class Rollouts(Source):
         skip_last: int = 0,
         drop_zero: bool = False,
         draws: int = 1,
-        t: Literal["uniform", "logit_normal"] = "uniform",
+        t: LevelLaw = "uniform",
         guided: bool = False,
         speaker: str = "policy",
         reward: Reward | None = None,
@@ -212,7 +212,7 @@ class Rollouts(Source):
             if value < 1:
                 raise ValueError(f"{name} must be ≥ 1; got {value}")
         words = {"evidence": (evidence, ("steps", "paths", "clean")), "advantage": (advantage, get_args(Advantage))}
-        words |= {"pairs": (pairs, (None, "best_worst", "all", "list")), "t": (t, ("uniform", "logit_normal"))}
+        words |= {"pairs": (pairs, (None, "best_worst", "all", "list")), "t": (t, get_args(LevelLaw))}
         for name, (word, known) in words.items():
             if word not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {word!r}")
@@ -232,7 +232,8 @@ class Rollouts(Source):
         self.advantage: Advantage = advantage
         self.eps, self.clip, self.pairs = eps, clip, pairs
         self.shared_start, self.timestep_fraction, self.skip_last = shared_start, timestep_fraction, skip_last
-        self.drop_zero, self.draws, self.t, self.guided, self.speaker = drop_zero, draws, t, guided, speaker
+        self.drop_zero, self.draws, self.guided, self.speaker = drop_zero, draws, guided, speaker
+        self.t: LevelLaw = t
         self.reward = reward
         self.statistics = PromptStatistics(buffer, least)
         self.makes = {"steps": Steps, "paths": Paths, "clean": Noised}[evidence]
@@ -358,7 +359,8 @@ class Rollouts(Source):
         rows = batch.rows
         assert isinstance(rows, Noised)
         cond = rows.cond if self.guided else rows.cond.with_guidance(1.0)
-        drawn, origin = noised(run.policy, rows.x0, cond, seeds, batch.members, self.draws, self.t)
+        levels = run.sampling.levels
+        drawn, origin = noised(run.policy, rows.x0, cond, seeds, batch.members, self.draws, self.t, levels)
         return replace(batch[origin], rows=drawn)
 
     def choose(self, batch: Batch, seed: int) -> Batch:

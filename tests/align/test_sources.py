@@ -216,6 +216,18 @@ def test_levels_of_noise(kind, spread):
     assert float(rows.eps.std()) == pytest.approx(1, abs=0.05)
 
 
+def test_sampled_levels_are_those_of_the_run_and_come_in_turn():
+    """Each item sees every step once before any comes again, in an order of its own."""
+    policy = GaussianPolicy([[0.0]], frame="flow", prediction="flow")
+    levels = policy.levels(5)
+    rows, _ = noised(policy, torch.zeros(8, 1), policy.encode(["a"] * 8), range(4), 2, 7, "sampled", levels)
+    sigma = rows.at.sigma.reshape(4, 7, 2)
+    assert torch.equal(sigma[..., 0], sigma[..., 1])
+    assert torch.equal(sigma[:, :5, 0].sort(descending=True).values, levels.sigma[:-1].expand(4, -1))
+    assert torch.equal(sigma[:, 5:], sigma[:, :2])
+    assert len({tuple(row) for row in sigma[:, :5, 0].tolist()}) > 1
+
+
 @pytest.mark.parametrize("guided", [True, False])
 def test_clean_evidence_is_final_samples(guided):
     run = run_of(8, guidance=3.0)
@@ -259,7 +271,7 @@ def test_values_out_of_range(how, said):
         ({"evidence": "step"}, r"evidence must be one of steps, paths, clean; got 'step'"),
         ({"advantage": "groups"}, r"advantage must be one of group, .*; got 'groups'"),
         ({"pairs": "best"}, r"pairs must be one of None, best_worst, all, list; got 'best'"),
-        ({"t": "normal", "evidence": "clean"}, r"t must be one of uniform, logit_normal; got 'normal'"),
+        ({"t": "normal", "evidence": "clean"}, r"t must be one of uniform, logit_normal, sampled; got 'normal'"),
         ({"skip_last": -1}, r"skip_last must be ≥ 0"),
         ({"buffer": 0}, r"buffer must be ≥ 1; got 0"),
         ({"clip": 0.0}, r"clip > 0"),
