@@ -139,8 +139,12 @@ class LatentPolicy(Policy):
     @torch.no_grad()
     def encode_media(self, media: Tensor) -> Tensor:
         pixels = (2 * media - 1).to(self.device, self.vae.dtype)
-        modes = [self.vae.encode(part).latent_dist.mode() for part in pixels.split(self.decode_chunk)]
+        modes = [self.encoded(part) for part in pixels.split(self.decode_chunk)]
         return self.scaled(at_least_float32(torch.cat(modes)))
+
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """The autoencoder's latents of pixels in [−1, 1]: the most likely, where it gives a law."""
+        return self.vae.encode(pixels).latent_dist.mode()
 
     def scaled(self, z: Tensor) -> Tensor:
         """The autoencoder's latents as the network takes them."""

@@ -7,4 +7,8 @@ FAMILIES = {
     "StableDiffusionPipeline": "samplers.families.sd:StableDiffusion",
     "LatentConsistencyModelPipeline": "samplers.families.sd:StableDiffusion",
     "StableDiffusion3Pipeline": "samplers.families.sd3:StableDiffusion3",
+    "PixArtAlphaPipeline": "samplers.families.pixart:PixArt",
+    "PixArtSigmaPipeline": "samplers.families.pixart:PixArt",
+    "SanaPipeline": "samplers.families.sana:Sana",
+    "SanaSprintPipeline": "samplers.families.sana:SanaSprint",
 }
