@@ -160,6 +160,17 @@ class Backprop(Objective):
             return [i == steps - k for i in range(steps)]
         return [i >= steps - k for i in range(steps)]
 
+    def reach(self, steps: int) -> int:
+        """How many steps from the end the gradient may begin, at most."""
+        reach = {"last": self.k, "low_variance": 1, "random": self.high, "one_step": self.high}.get(self.truncation)
+        return reach or steps
+
+    def reaching(self, k: int) -> Backprop:
+        """A copy whose gradient always begins k steps from the end."""
+        other = copy.copy(self)
+        other.truncation, other.k = "last", k
+        return other
+
     def _length(self, steps: int, generator: torch.Generator) -> int:
         """How many steps from the end the gradient begins."""
         furthest = self.high or self.low
@@ -221,8 +232,7 @@ class Backprop(Objective):
     def _need_noise(self, kernel: Kernel, levels: Levels) -> Tensor:
         """(T,) which steps have a density; some step that may carry a gradient must."""
         steps, noisy = levels.steps, kernel.stds(levels) > 0
-        reach = {"last": self.k, "low_variance": 1, "random": self.high, "one_step": self.high}.get(self.truncation)
-        if not bool(noisy[steps - (reach or steps) :].any()):
+        if not bool(noisy[steps - self.reach(steps) :].any()):
             raise ValueError(
                 f"kl_weight needs a stochastic step among those with gradient, but {kernel} has none there: "
                 "use a stochastic kernel such as DDIM(eta=1), more steps with gradient, or kl_weight=0"

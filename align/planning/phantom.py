@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -65,15 +66,15 @@ class Phantom(LiveBytes):
         self._parts: Counter[str] = Counter()
         self._made_by: dict[int, str] = {}
         self._truth: dict[int, bool] = {}
-        self._attention = Attention(target)
+        self._stack = ExitStack()
 
     def __enter__(self):
-        self._attention.__enter__()
+        self._stack.enter_context(_replaced(F, "scaled_dot_product_attention", Attention(self.target)))
         return super().__enter__()
 
     def __exit__(self, *how):
         super().__exit__(*how)
-        self._attention.__exit__(*how)
+        self._stack.close()
 
     # What is running
 
@@ -166,6 +167,11 @@ class Phantom(LiveBytes):
         self._notice()
         self.now, self._parts[part] = self.now - size, self._parts[part] - size
 
+    def reserve(self, part: str, size: int) -> None:
+        """Counts bytes that a library keeps from now on."""
+        self.now, self._parts[part] = self.now + size, self._parts[part] + size
+        self.peak = max(self.peak, self.now)
+
     def _notice(self) -> None:
         best = self.phases.setdefault(self.phase, Moment())
         if self.now > best.total:
@@ -247,11 +253,11 @@ def _outline(value: Any) -> Any:
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute of one object, replaced for a while."""
     own = vars(owner).get(name)
-    object.__setattr__(owner, name, value)
+    vars(owner)[name] = value
     try:
         yield
     finally:
         if own is None:
-            object.__delattr__(owner, name)
+            del vars(owner)[name]
         else:
-            object.__setattr__(owner, name, own)
+            vars(owner)[name] = own

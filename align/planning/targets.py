@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..footprint import free_bytes
 
@@ -85,19 +84,13 @@ class Target:
         return replace(self, room=float("inf"))
 
 
-class Attention(TorchFunctionMode):
-    """Lets tensors without data take the attention that the target would run."""
+class Attention:
+    """The attention that the target would run, in place of what tensors without data would take."""
 
     def __init__(self, target: Target) -> None:
-        super().__init__()
         self.target = target
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            return self.attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def attend(
+    def __call__(
         self,
         query: Tensor,
         key: Tensor,
