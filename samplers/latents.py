@@ -254,13 +254,16 @@ class FlowPolicy(LatentPolicy):
         """The unshifted levels that the pipeline gives its scheduler, or None where it leaves them to it."""
         return None
 
+    def tokens(self, size: Size) -> int:
+        """Tokens of an image of `size`, on which its shift depends."""
+        return (size[0] // self.multiple) * (size[1] // self.multiple)
+
     def shift(self, size: Size, steps: int) -> float:
         """The shift mu of an image of `size`: linear in its number of tokens."""
         config = self.scheduler.config
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        tokens = (size[0] // self.multiple) * (size[1] // self.multiple)
-        return least + (most - least) * (tokens - few) / (many - few)
+        return least + (most - least) * (self.tokens(size) - few) / (many - few)
 
     def levels(self, steps: int, size: Size = ()) -> Levels:
         from diffusers import FlowMatchEulerDiscreteScheduler
