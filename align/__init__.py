@@ -40,11 +40,12 @@ from .training import train
 from .values import LearnedValue, ValueConfig, train_value
 from .verdicts import Verdicts, eval_reward
 from .versus import Versus, compare_steerings
+from .windows import Window
 
 __all__ = [
     "Batch", "Captions", "Comparison", "FitConfig", "LearnedReward", "LearnedValue", "Likes", "Lora", "Memory", "Noised",
     "Objective", "Paths", "Preferences", "Prompts", "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered",
-    "Steps", "TrainConfig", "TrainResult", "Trainer", "ValueConfig", "Verdicts", "Versus", "adapt_reward",
+    "Steps", "TrainConfig", "TrainResult", "Trainer", "ValueConfig", "Verdicts", "Versus", "Window", "adapt_reward",
     "append_feedback", "best_of_n", "compare_rewards", "compare_steerings", "eval_reward", "load_policy", "read_feedback",
     "row_seed", "sample_pairs", "score", "score_rows", "score_set", "steer", "train", "train_reward", "train_value",
     "validate", "write_feedback",

@@ -68,4 +68,4 @@ def check_parts(run: Run, objective: Objective, source: Source, panel: Sequence[
             "use an objective on Rollouts, or a reward that judges each sample by itself"
         )
     source.check(run)
-    objective.check_source(source, run.sampling)
+    objective.check_source(source, source.sampling(run, 0))

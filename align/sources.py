@@ -16,7 +16,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Optional, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from .batches import Batch, Noised, Paths, Rows, Starts, Steps, concat
 from .drawing import LevelLaw, noised, pick, trainable_steps, unfolded
 from .prompts import given_prompts, world_prompts
 from .sampling import Sampling
+from .windows import Window
 from .world import World
 
 __all__ = ["Prompts", "Rollouts", "Run", "Source"]
@@ -95,6 +96,10 @@ class Source(Configurable, ABC):
     def choose(self, batch: Batch, seed: int) -> Batch:
         """The rows of an update, unfolded for training."""
         return batch
+
+    def sampling(self, run: Run, iteration: int) -> Sampling:
+        """How an iteration's samples are made: as the run says, unless the source varies it."""
+        return run.sampling
 
     def metrics(self) -> dict[str, float]:
         """What is worth watching about the latest collection; the same in every process."""
@@ -167,6 +172,7 @@ class Rollouts(Source):
         shared_start: the samples of a group share their initial latent, as D3PO and DanceGRPO do.
         timestep_fraction: the share of each trajectory's stochastic steps that is trained, drawn anew for each item and epoch.
         skip_last: leave this many last steps out of training.
+        window: the steps that are stochastic, and trained, where not all are; see `Window`.
         drop_zero: leave samples with advantage 0 out of the mean, not only out of the work.
         draws: noise draws a sample for "clean" evidence.
         t: how the levels of "clean" evidence are drawn: "uniform", "logit_normal", or "sampled", those of the rollout's steps.
@@ -193,6 +199,7 @@ class Rollouts(Source):
         shared_start: bool = False,
         timestep_fraction: float = 1.0,
         skip_last: int = 0,
+        window: Optional[Window] = None,
         drop_zero: bool = False,
         draws: int = 1,
         t: LevelLaw = "uniform",
@@ -232,6 +239,7 @@ class Rollouts(Source):
         self.advantage: Advantage = advantage
         self.eps, self.clip, self.pairs = eps, clip, pairs
         self.shared_start, self.timestep_fraction, self.skip_last = shared_start, timestep_fraction, skip_last
+        self.window = window
         self.drop_zero, self.draws, self.guided, self.speaker = drop_zero, draws, guided, speaker
         self.t: LevelLaw = t
         self.reward = reward
@@ -262,15 +270,20 @@ class Rollouts(Source):
             )
         run.world.share(self.groups(run.batch))
         run.world.share(run.batch)
-        if self.evidence != "clean" and not len(self.trained(run.sampling)):
+        s = run.sampling
+        kernels = [s.kernel] if self.window is None else list(self.window.kernels(s.kernel, s.levels))
+        if self.evidence != "clean" and not all(len(trainable_steps(k, s.levels, self.skip_last)) for k in kernels):
             raise ValueError(
                 f"{run.sampling.kernel} with steps={run.sampling.levels.steps} leaves no stochastic step to train on: use a "
-                "stochastic kernel such as DDIM(eta=1), more steps (the last one of Consistency has no noise), or fewer skip_last"
+                "stochastic kernel such as DDIM(eta=1), more steps (the last one of Consistency has no noise), fewer skip_last, "
+                "or another window"
             )
 
-    def trained(self, sampling: Sampling) -> Tensor:
-        """The steps that have a density and are not skipped."""
-        return trainable_steps(sampling.kernel, sampling.levels, self.skip_last)
+    def sampling(self, run: Run, iteration: int) -> Sampling:
+        s = run.sampling
+        if self.window is None:
+            return s
+        return replace(s, kernel=self.window.on(s.kernel, s.levels, iteration, mix(run.seed, 7)))
 
     def collect(self, run: Run, iteration: int) -> Batch:
         groups, world = self.groups(run.batch), run.world
@@ -280,19 +293,21 @@ class Rollouts(Source):
         rows = range(mine.start * self.group, mine.stop * self.group)
         seeds = [mix(run.seed, 2, iteration, row) for row in rows]
         starts = [mix(run.seed, 3, iteration, row // self.group) for row in rows] if self.shared_start else None
-        batch = self._sampled(run, prompts, seeds, starts)
+        batch = self._sampled(run, self.sampling(run, iteration), prompts, seeds, starts)
         return self._judged(run, batch, torch.tensor([row // self.group for row in rows]), seeds)
 
-    def _sampled(self, run: Run, prompts: list[Prompt], seeds: list[int], starts: list[int] | None) -> Batch:
+    def _sampled(
+        self, run: Run, sampling: Sampling, prompts: list[Prompt], seeds: list[int], starts: list[int] | None
+    ) -> Batch:
         """Trajectories or final samples with their rewards, a few rows at a time."""
         assert self.reward is not None
-        size, parts = max(1, run.sampling.rows), []
+        size, parts = max(1, sampling.rows), []
         if self.reward.compares:  # whole groups
             size = max(1, size // self.group) * self.group
         for first in range(0, len(seeds), size):
             part = slice(first, first + size)
             with run.policy.acting_as(self.speaker):
-                path = run.sampling.roll(
+                path = sampling.roll(
                     run.policy, prompts[part], seeds[part], starts=starts and starts[part],
                     record="final" if self.evidence == "clean" else "path", watch=run.watch,
                 )  # fmt: skip
@@ -301,7 +316,7 @@ class Rollouts(Source):
             run.ledger.counts["decode"] += len(path.x0)
             if self.evidence != "clean":
                 assert path.latents is not None and path.log_prob is not None
-                rows: Rows = Paths(path.latents, path.cond, run.sampling.kernel, run.sampling.levels)
+                rows: Rows = Paths(path.latents, path.cond, sampling.kernel, sampling.levels)
                 columns["old"] = path.log_prob.detach()
             else:
                 blank = torch.zeros(len(path.x0), dtype=torch.float64)

@@ -379,8 +379,9 @@ class Trainer:
         self.evaluations = [(u, Evaluation(**e, media=torch.empty(0))) for u, e in state["evaluations"]]
         if self.world.first:  # it is that of all processes
             self.ledger.counts.update(state["ledger"])
+        how = self.source.sampling(self.run, self.iteration)
         batches = [
-            Batch.restored(s["batch"], self.sampling.kernel, self.sampling.levels, self.sampling.shape, device)
+            Batch.restored(s["batch"], how.kernel, how.levels, how.shape, device)
             for s in shards if s["batch"] is not None
         ]  # fmt: skip
         if batches:

@@ -24,6 +24,7 @@ from align.objectives.nft import DiffusionNFT
 from align.objectives.seppo import SePPO
 from align.sources import Prompts, Rollouts, Source
 from align.trainer import Trainer
+from align.windows import Window
 from align.world import World
 from rewards import Constrained, Reward, Standardised
 from rewards import Weighted as Sum
@@ -140,6 +141,9 @@ CASES = {
     "PolicyGradient": Case(lambda: PolicyGradient(clip=0.2, kl_weight=0.1), rolled()),
     "PolicyGradient-running": Case(
         lambda: PolicyGradient(clip=0.2), rolled(advantage="running", least=2, timestep_fraction=0.5)
+    ),
+    "PolicyGradient-window": Case(
+        lambda: PolicyGradient(clip=0.2), rolled(window=Window(1, every=1, order="random", last=1), shared_start=True)
     ),
     "PolicyGradient-moving": Case(lambda: PolicyGradient(clip=0.2), rolled(), moving),
     "PolicyGradient-clean": Case(lambda: PolicyGradient(clip=0.5), rolled(**CLEAN)),
