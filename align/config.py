@@ -42,7 +42,9 @@ class TrainConfig:
         schedule: of the learning rate after `warmup` updates: constant, or falling so that it would reach 0 one update after
             the last: linearly, as a cosine or as a square root.
         max_grad_norm: gradients are scaled down to this norm.
-        ema: decay of an exponential moving average of the weights, which is then what is evaluated and kept; 0 for none.
+        ema: decay of an exponential moving average of the weights, which is then what is evaluated and kept; 0 for none. After
+            n updates it is at most (1 + n)/(10 + n).
+        ema_every: updates between two averagings.
         seed: of everything random.
         kernel, steps, guidance, size: how the policy samples; its own by default.
         sample_rows: samples in flight at a time when no graph is built.
@@ -73,6 +75,7 @@ class TrainConfig:
     warmup: int = 0
     max_grad_norm: float = 1.0
     ema: float = 0.0
+    ema_every: int = 1
     seed: int = 0
     kernel: Optional[Kernel] = None
     steps: Optional[int] = None
@@ -102,7 +105,7 @@ class TrainConfig:
             "save_every": 1,
             "keep": 1,
         }
-        least |= {"warmup": 0, "eval_every": 0, "patience": 1, "max_skipped": 1}
+        least |= {"warmup": 0, "ema_every": 1, "eval_every": 0, "patience": 1, "max_skipped": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be ≥ {low}; got {getattr(self, name)}")

@@ -152,7 +152,7 @@ class Stepper:
 
     def _average(self, policy: Policy, update: int) -> None:
         """The moving average of the weights, with the usual warm-up of its decay."""
-        if not self.config.ema:
+        if not self.config.ema or (update + 1) % self.config.ema_every:
             return
         decay = min(self.config.ema, (1 + update) / (10 + update))
         for name, p in policy.trainable.items():

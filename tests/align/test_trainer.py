@@ -123,15 +123,16 @@ def test_each_item_of_a_collection_is_used_once_an_epoch(data, tmp_path):
     assert items[0] != items[2], "the second epoch is shuffled afresh"
 
 
-def test_the_moving_average(data, tmp_path):
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_moving_average(data, tmp_path, every):
     """The average begins at the initial weights; then each is decay·before + (1 − decay)·now, with the usual warm-up."""
-    trainer = trainer_of("Backprop", tmp_path / "run", data, ema=0.3, eval_every=0)
+    trainer = trainer_of("Backprop", tmp_path / "run", data, ema=0.3, ema_every=every, eval_every=0)
     seen, after = [], trainer._after_update
     trainer._after_update = lambda: (seen.append(weights(trainer)), after())[1]
     trainer.fit()
     average = seen[0]
     for update, now in enumerate(seen[1:]):
-        decay = min(0.3, (1 + update) / (10 + update))
+        decay = 1.0 if (update + 1) % every else min(0.3, (1 + update) / (10 + update))
         average = decay * average + (1 - decay) * now
     torch.testing.assert_close(trainer.policy.voices["ema"]["means"], average, rtol=1e-12, atol=1e-12)
     assert trainer.speaker == "ema"
@@ -361,7 +362,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("updates", 0), ("batch", 0), ("learning_rate", 0.0), ("ema", 1.0), ("keep", 0)]
+    ("field", "value"),
+    [("updates", 0), ("batch", 0), ("learning_rate", 0.0), ("ema", 1.0), ("ema_every", 0), ("keep", 0)],
 )
 def test_values_out_of_range(field, value):
     with pytest.raises(ValueError, match=rf"{field} must .*{value}"):
