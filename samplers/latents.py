@@ -20,12 +20,13 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rewards.base import Prompt, as_prompts
 
-from .kernels import DDIM, Consistency, Kernel
+from .kernels import DDIM, ODE, Consistency, Kernel
 from .levels import Levels, at_least_float32
 from .policy import Cond, Policy, Size, joined
 
@@ -245,14 +246,23 @@ class FlowPolicy(LatentPolicy):
 
     Levels are those of the scheduler: its shift, or the shift that grows with the number of tokens of an image, the
     stretch to a terminal level, Karras, exponential or beta spacing. `t` is the network's time in training steps, 0 … 1000.
+
+    Attributes:
+        even: whether the pipeline gives its scheduler the unshifted levels 1, 1 − 1/T, … 1/T, or leaves them to it.
     """
 
     schedulers = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
     prediction = "flow"
+    even: bool = False
+
+    @property
+    def kernel(self) -> Kernel:
+        """Timestep-distilled students walk the deterministic path they were published with."""
+        return ODE() if self.few_step else super().kernel
 
     def sigmas(self, steps: int) -> list[float] | None:
         """The unshifted levels that the pipeline gives its scheduler, or None where it leaves them to it."""
-        return None
+        return np.linspace(1.0, 1 / steps, steps).tolist() if self.even else None
 
     def tokens(self, size: Size) -> int:
         """Tokens of an image of `size`, on which its shift depends."""
