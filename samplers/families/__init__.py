@@ -6,9 +6,15 @@
 FAMILIES = {
     "StableDiffusionPipeline": "samplers.families.sd:StableDiffusion",
     "LatentConsistencyModelPipeline": "samplers.families.sd:StableDiffusion",
+    "StableDiffusionControlNetPipeline": "samplers.families.sd:StableDiffusion",
+    "StableDiffusionXLPipeline": "samplers.families.sdxl:StableDiffusionXL",
+    "StableDiffusionXLControlNetPipeline": "samplers.families.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "samplers.families.sd3:StableDiffusion3",
     "PixArtAlphaPipeline": "samplers.families.pixart:PixArt",
     "PixArtSigmaPipeline": "samplers.families.pixart:PixArt",
     "SanaPipeline": "samplers.families.sana:Sana",
     "SanaSprintPipeline": "samplers.families.sana:SanaSprint",
+    "QwenImagePipeline": "samplers.families.qwen_image:QwenImage",
+    "ZImagePipeline": "samplers.families.z_image:ZImage",
+    "Lumina2Pipeline": "samplers.families.lumina2:Lumina2",
 }
