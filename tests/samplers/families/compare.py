@@ -1,0 +1,53 @@
+"""A rollout beside the pipeline's own run from the same noise."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+from diffusers import schedulers
+from torch import Tensor
+
+from rewards import Prompt
+from samplers import ODE, SeededNoise, rollout
+
+PROMPTS = [Prompt("A cat", negative="a blurry thing"), Prompt("two dogs and one red bird", negative="")]
+
+
+def compare(pipe, policy, guidance: float, size: tuple[int, int], steps: int = 3) -> None:
+    """Our latents equal the pipeline's to 1e-5 of their scale, our images to 1e-4.
+
+    A multistep solver is asked for its first-order form, the only one that is a Markov chain.
+    """
+    noise = SeededNoise([0, 1], policy.shape(size))
+    cond, levels = policy.encode(PROMPTS).with_guidance(guidance), policy.levels(steps, size)
+    ours = rollout(policy, policy.kernel if policy.few_step else ODE(), cond, levels, noise).x0
+    if "solver_order" in pipe.scheduler.config:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=1)
+    pipe.set_progress_bar_config(disable=True)
+    asked = policy.published(PROMPTS, guidance, steps, size, noise(0))
+    with drawn(noise):
+        theirs = pipe(**asked, output_type="latent").images
+    with drawn(noise):
+        images = pipe(**asked, output_type="pt").images
+    agree(policy.pack(ours), theirs)
+    torch.testing.assert_close(policy.decode(ours), images, rtol=0, atol=1e-4)
+    assert images.shape == (2, 3, *size)
+
+
+@contextmanager
+def drawn(noise):
+    """Lets the schedulers of consistency models draw noise(1), noise(2), … where they would draw their own."""
+    steps = iter(range(1, 100))
+    draw = lambda shape, **kwargs: noise(next(steps))  # noqa: E731
+    with ExitStack() as stack:
+        for module in (schedulers.scheduling_lcm, schedulers.scheduling_scm):
+            stack.enter_context(patch.object(module, "randn_tensor", draw))
+        yield
+
+
+def agree(ours: Tensor, theirs: Tensor) -> None:
+    """To 1e-5 of the scale of the latents, which say something."""
+    assert bool(theirs.isfinite().all()) and float(theirs.std()) > 0.1
+    assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
