@@ -7,6 +7,7 @@ import re
 import diffusers
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 DIALOGUE = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -69,3 +70,45 @@ def t5(width: int = 16):
     words = T5Tokenizer(vocab=special + [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"], extra_ids=0)
     config = T5Config(vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     return stirred(T5EncoderModel(config)).eval(), words
+
+
+def gemma2(known: str, width: int = 16):
+    """A `Gemma2Model` that has the words of `known` as tokens, and its `GemmaTokenizer`."""
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    vocabulary, merges = spelt([*special, "▁", *map(chr, range(33, 127))], known.replace(" ", "▁"))
+    words = GemmaTokenizer(vocabulary, merges)
+    words.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    config = Gemma2Config(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return stirred(Gemma2Model(config)).eval(), words
+
+
+def clip(width: int = 16, projects: bool = False):
+    """A CLIP text encoder whose tokens are letters, with a projection or without, and its `CLIPTokenizer`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    letters = [letter + end for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    words = CLIPTokenizer(vocabulary, [], model_max_length=16)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.eos_token_id,
+    )
+    return stirred((CLIPTextModelWithProjection if projects else CLIPTextModel)(config), seed=width).eval(), words
