@@ -284,6 +284,10 @@ class FlowPolicy(LatentPolicy):
             raise ValueError(
                 "the scheduler's levels run backwards (invert_sigmas), which no image model here is known to do"
             )
+        if steps == 1 and schedule.config.shift_terminal:
+            raise ValueError(
+                "the scheduler stretches its levels to a last one (shift_terminal): steps must be 2 or more, got 1"
+            )
         mu = self.shift(size or self.size, steps) if schedule.config.use_dynamic_shifting else None
         schedule.set_timesteps(steps, sigmas=self.sigmas(steps), mu=mu)
         sigma = schedule.sigmas.double()

@@ -69,9 +69,11 @@ def test_flow_levels_are_those_of_the_scheduler(kind, steps, given, monkeypatch)
     if given:
         monkeypatch.setattr(Flow, "sigmas", lambda self, steps: [1 - i / steps for i in range(steps)])
     scheduler = FlowMatchEulerDiscreteScheduler(**SHIFTS[kind])
-    if kind == "terminal" and steps == 1:
-        pytest.skip("one level cannot be both ends")
     policy = Flow(Pipe(scheduler))
+    if kind == "terminal" and steps == 1:
+        with pytest.raises(ValueError, match="steps must be 2 or more, got 1"):  # one level cannot be both ends
+            policy.levels(1, (512, 768))
+        return
     levels = policy.levels(steps, (512, 768))
     config = scheduler.config
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
