@@ -10,6 +10,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "samplers.families.sdxl:StableDiffusionXL",
     "StableDiffusionXLControlNetPipeline": "samplers.families.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "samplers.families.sd3:StableDiffusion3",
+    "AuraFlowPipeline": "samplers.families.auraflow:AuraFlow",
     "PixArtAlphaPipeline": "samplers.families.pixart:PixArt",
     "PixArtSigmaPipeline": "samplers.families.pixart:PixArt",
     "SanaPipeline": "samplers.families.sana:Sana",
