@@ -15,8 +15,9 @@ and a kernel is a choice of `std` and `b` (`Unmask` is the same idea for tokens)
     DanceSDE(eta)   η·sqrt(t − s)                                 σ_s − std²/(2σ_t)    DanceGRPO 2505.07818
 
 FlowSDE's rule is infinite at σ_t = 1; there (1 − σ_t) takes the second grid point, 1 − σ_s, as its authors do, so that its
-first step is as noisy on any grid. The two SDE kernels are defined on rectified flows only (α = 1 − σ). Consistency and CPS
-draw a share of the noise afresh however short the step: more steps do not bring their samples to the data's law.
+first step is as noisy on any grid; and likewise within a training step of 1, where solvers such as Sana's begin. The two SDE
+kernels are defined on rectified flows only (α = 1 − σ). Consistency and CPS draw a share of the noise afresh however short the
+step: more steps do not bring their samples to the data's law.
 
 Multistep ODE solvers are left out on purpose: they are not Markov in x and so have no log-probability.
 """
@@ -35,6 +36,8 @@ from .levels import Clean, Levels, at_least_float32, spread
 from .transitions import Categorical, Gaussian, Transition
 
 __all__ = ["CPS", "DDIM", "ODE", "Consistency", "DanceSDE", "FlowSDE", "Kernel", "Unmask"]
+
+NEARLY_ONE = 0.9989  # of a solver with 1000 training steps the first level is 0.999 or, shifted, more
 
 
 class Kernel(ABC):
@@ -169,7 +172,7 @@ class FlowSDE(_FlowNoise):
         super().__init__(eta, noisy_steps)
 
     def std(self, now: Levels, to: Levels) -> Tensor:
-        below_one = torch.where(now.sigma >= 1, to.sigma, now.sigma)
+        below_one = torch.where(now.sigma > NEARLY_ONE, to.sigma, now.sigma)
         return self.eta * (now.sigma / (1 - below_one)).sqrt() * (now.sigma - to.sigma).sqrt()
 
 

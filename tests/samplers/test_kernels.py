@@ -107,6 +107,17 @@ def test_flow_sde_is_the_step_of_flow_grpo(eta, i):
     torch.testing.assert_close(law.std, g * (-dt).sqrt(), **CLOSE)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_that_begins_within_a_training_step_of_one_is_as_noisy_as_from_one(shift):
+    """A solver's first level is 1 − 1/1000 before its shift: the rule taken at its word would add 5 units of noise there."""
+    stds = []
+    for first in (1.0, 1 - 1 / 1000):
+        even = torch.tensor([first, 0.95, 0.5, 0.0], dtype=torch.float64)
+        grid = shift * even / (1 + (shift - 1) * even)
+        stds.append(FlowSDE(0.7).stds(Levels(grid, 1 - grid, grid)))
+    torch.testing.assert_close(stds[0], stds[1], rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("i", STEPS)
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.7])
 def test_dance_sde_is_the_step_of_dance_grpo(eta, i):
