@@ -20,7 +20,7 @@ def stirred(module: nn.Module, seed: int = 0) -> nn.Module:
         for name, p in module.named_parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
             p.mul_(p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
-            if "norm" in name and name.endswith(("weight", "gamma")):
+            if "norm" in name and name.endswith(("weight", "gamma")) and not name.endswith("linear.weight"):
                 p.add_(1)
     return module
 
