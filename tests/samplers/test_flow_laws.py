@@ -218,6 +218,18 @@ def test_what_adjoint_matching_calls_memoryless_forgets_where_it_began():
     assert remembered(ODE(), 200) == pytest.approx(STD, abs=0.01)
 
 
+@pytest.mark.parametrize("kernel", [ODE(), DDIM(0.5), DDIM(1.0), CPS(0.7), Consistency()], ids=repr)
+def test_a_flow_and_a_diffusion_of_equal_signal_make_the_same_samples(kernel):
+    """These kernels know levels by σ/α alone: a state of the flow is sqrt(α² + σ²) times one of variance preserving diffusion."""
+    flow, levels = mixture(), flows(6)
+    scale = (levels.alpha**2 + levels.sigma**2).sqrt()
+    diffusion = GaussianPolicy(flow.network.means.data, [0.4, 0.7], [0.3, 0.7], frame="vp")
+    one, _ = sampled(flow, kernel, levels)
+    other, _ = sampled(diffusion, kernel, Levels(levels.t, levels.alpha / scale, levels.sigma / scale))
+    assert one.latents is not None and other.latents is not None
+    torch.testing.assert_close(one.latents, scale[:, None] * other.latents, **CLOSE)
+
+
 # Limits
 
 
