@@ -1,6 +1,6 @@
-"""Scores tiny-sd, or tiny-turbo, by gold on the held-out prompts.
+"""Scores tiny-sd, tiny-turbo or tiny-flow by gold on the held-out prompts.
 
-`python evaluate.py [guidance ...]` and `python evaluate.py tiny-turbo [guidance ...]` print a table; work/samples.png shows it.
+`python evaluate.py [guidance ...]` and `python evaluate.py tiny-flow [guidance ...]` print a table; work/samples.png shows it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from diffusers import DiffusionPipeline
 sys.path.insert(0, str(ASSETS.parent))
 from rewards.shapes import Shapes
 
+SETTINGS = ("num_inference_steps", "guidance_scale", "max_sequence_length")
+
 
 def load(name: str = "tiny-sd") -> tuple[DiffusionPipeline, dict]:
     """The pipeline in float32, quiet, and its default generation settings."""
-    pipe = DiffusionPipeline.from_pretrained(ASSETS / name, dtype=torch.float32)
+    index = json.loads((ASSETS / name / "model_index.json").read_text())
+    absent = {part: None for part, entry in index.items() if entry == [None, None]}
+    pipe = DiffusionPipeline.from_pretrained(ASSETS / name, dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
     config = json.loads((ASSETS / name / "generation_config.json").read_text())
-    return pipe, {key: config[key] for key in ("num_inference_steps", "guidance_scale")}
+    return pipe, {key: config[key] for key in SETTINGS if key in config}
 
 
 @torch.no_grad()

@@ -18,10 +18,12 @@ def main() -> None:
     models = networks(tokenizer)
     for name, model in models.items():
         model.load_state_dict(state[f"{name}_ema"])
+    vae = AutoencoderKL.from_pretrained(WORK / "vae")
+    vae.register_to_config(shift_factor=0.0)  # which the pipeline adds
     pipe = StableDiffusion3Pipeline(
         transformer=models["transformer"],
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKL.from_pretrained(WORK / "vae"),
+        vae=vae,
         text_encoder=models["text"],
         tokenizer=tokenizer,
         text_encoder_2=models["text_2"],

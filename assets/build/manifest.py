@@ -25,8 +25,10 @@ RUNS = {  # log: script, seed
     "reward_preferences_run": ("train_reward.py preferences", 31),
     "clip": ("train_clip.py", 51),
     "turbo": ("train_turbo.py", 61),
+    "flow": ("train_flow.py --steps 4000 --batch 256 --device cuda", 71),
 }
 NOTES = {  # where the shipped run differs from running its script once
+    "flow": "on one H100, beside two other trainings",
     "turbo": "the schedule was lengthened from 50 to 65 minutes at step 2539",
     "unet": "the schedule was lengthened from 29 to 32.5 minutes at step 2500",
     "reward_scenes_run": (
@@ -36,7 +38,7 @@ NOTES = {  # where the shipped run differs from running its script once
     "reward_scenes_more": "from those weights after 500 steps of preferences: relations throughout, drawing by running error",
     "reward_preferences_run": "from the weights of reward_scenes_more",
 }
-SHIPPED = ("tiny-sd", "tiny-turbo", "tiny-clip", "tiny-reward", "preferences", "prompts")
+SHIPPED = ("tiny-sd", "tiny-turbo", "tiny-flow", "tiny-clip", "tiny-reward", "preferences", "prompts")
 
 
 def training() -> dict:
@@ -147,7 +149,7 @@ def few_step(pipe, settings: dict) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     pipe, settings = load()
-    turbo = load("tiny-turbo")
+    turbo, flow = load("tiny-turbo"), load("tiny-flow")
     parameters = {
         name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae", "text_encoder")
     }
@@ -157,6 +159,7 @@ def main() -> None:
         "total_bytes": sum(entry["bytes"] for entry in shipped.values()),
         "tiny-sd": {"settings": settings, "parameters": parameters, "gold_heldout": gold, "speed": milliseconds(pipe)},
         "tiny-turbo": {"settings": turbo[1], "gold_heldout": few_step(*turbo)},
+        "tiny-flow": {"settings": flow[1], "gold_heldout": table(*flow)[0]},
         "agreement_with_gold": agreement(),
         "caption_reading": reading(),
         "training": training(),

@@ -15,7 +15,7 @@ from rewards.shapes import TASKS, Shapes, parse
 
 ASSETS = Path(__file__).parents[2] / "assets"
 MANIFEST = json.loads((ASSETS / "MANIFEST.json").read_text())
-LIMIT = 26_000_000
+LIMIT = 36_000_000
 
 
 def lines(name):
