@@ -2,7 +2,8 @@
 
 LoRA (2106.09685) by peft. The policy is the adapter switched on, the reference the adapter switched off, so the reference costs no
 memory; "old" and "ema" weights are copies of the small trainable tensors (`Policy.remember`). Trainable tensors are float32 over a
-base of any precision. Files are in the diffusers format: `pipe.load_lora_weights(folder)` gives the same model.
+base of any precision. Files are in the diffusers format: `pipe.load_lora_weights(folder)` gives the same model. Pipelines that
+have no such method (PixArt's) take a folder in peft's format: `PeftModel.from_pretrained(pipe.transformer, folder)`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from samplers import Policy
 
-__all__ = ["Lora", "add_lora", "digest", "merge", "prepare_trainable", "save_adapter", "set_scale"]
+__all__ = ["Lora", "add_lora", "digest", "load_lora", "merge", "prepare_trainable", "save_adapter", "set_scale"]
 
 logger = logging.getLogger("kilter")
 WEIGHTS = "trainable.safetensors"
+PEFT, OUTER = "adapter_model.safetensors", "base_model.model."  # peft's file, and what its names begin with
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,18 @@ def add_lora(policy: Policy, lora: Lora, seed: int) -> None:
             parameter.data = parameter.data.float()
 
 
+def load_lora(pipe: Any, lora: str | Path) -> None:
+    """Puts LoRA weights (a folder, a file or a hub id) on a pipeline's network."""
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(lora)
+        return
+    from peft import PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(lora), device="cpu")
+    inject_adapter_in_model(PeftConfig.from_pretrained(str(lora)), pipe.transformer)
+    set_peft_model_state_dict(pipe.transformer, {name.removeprefix(OUTER): w for name, w in weights.items()})
+
+
 def _tell_what_is_continued(policy: Policy, name: str, lora: Lora | None) -> None:
     """Says so where the adapter that is there is not the one that was asked for."""
     own: Any = getattr(policy.network, "peft_config", {}).get(name)
@@ -158,6 +172,10 @@ def _saved(policy: Policy, folder: Path, who: str) -> list[Path]:
         name = _layers(policy)[0].active_adapters[0]
         # in peft's own names: in diffusers' older ones it loses attention where other layers have an adapter too
         layers = get_peft_model_state_dict(policy.network, adapter_name=name)
+        if not hasattr(pipe, "save_lora_weights"):
+            save_file({f"{OUTER}{n}": w.detach().cpu().contiguous() for n, w in layers.items()}, folder / PEFT)
+            pipe.transformer.peft_config[name].save_pretrained(folder)
+            return [folder / PEFT]
         given = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": _metadata(policy, name)}
         type(pipe).save_lora_weights(folder, **given)
     return [folder / "pytorch_lora_weights.safetensors"]

@@ -14,7 +14,7 @@ from .pictures import shown
 __all__ = ["class_name", "write_card"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-ADAPTER, WEIGHTS = "pytorch_lora_weights.safetensors", "trainable.safetensors"
+ADAPTER, PEFT, WEIGHTS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "trainable.safetensors"
 SHIFTS = "HyperNoise"  # the objective whose adapters are no part of the sampler
 
 
@@ -45,6 +45,10 @@ def _base(result: Mapping[str, Any]) -> str:
     return str(policy.get("model", "")) if isinstance(policy, Mapping) else ""
 
 
+def _has_lora(folder: Path) -> bool:
+    return (folder / ADAPTER).is_file() or (folder / PEFT).is_file()
+
+
 def _front(folder: Path, result: Mapping[str, Any]) -> str:
     """What the hub reads. A base model that is a folder has no name there."""
     import yaml
@@ -56,7 +60,7 @@ def _front(folder: Path, result: Mapping[str, Any]) -> str:
     front["library_name"] = "diffusers"
     if (folder / "samples").is_dir():
         front["pipeline_tag"] = "text-to-image"
-    tags = ["lora"] if (folder / ADAPTER).is_file() else []
+    tags = ["lora"] if _has_lora(folder) else []
     front["tags"] = [*tags, "kilter", *([objective] if objective else [])]
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
 
@@ -65,7 +69,7 @@ def _opening(folder: Path, result: Mapping[str, Any]) -> str:
     """What this is and what it was trained for."""
     config = result["config"]
     objective, source, reward = (class_name(config.get(part)) for part in ("objective", "source", "reward"))
-    what = "LoRA adapter" if (folder / ADAPTER).is_file() else "Weights"
+    what = "LoRA adapter" if _has_lora(folder) else "Weights"
     goal = f"to raise the reward `{reward}`" if reward else "on human feedback"
     lines = [
         f"# {objective or 'Training'} on {reward or source or 'data'}",
@@ -140,6 +144,9 @@ def _use(folder: Path, result: Mapping[str, Any]) -> str:
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({base!r})")
     if (folder / ADAPTER).is_file():
         lines.append(f"pipe.load_lora_weights({str(folder)!r})")
+    elif (folder / PEFT).is_file():
+        lines.insert(4, "from peft import PeftModel")
+        lines.append(f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {str(folder)!r})")
     else:
         lines.insert(4, "from safetensors.torch import load_file")
         lines.append('network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer')
@@ -147,7 +154,7 @@ def _use(folder: Path, result: Mapping[str, Any]) -> str:
     said = {"num_inference_steps": how.get("steps"), "guidance_scale": how.get("guidance")}
     given = "".join(f", {name}={value}" for name, value in said.items() if value is not None)
     lines += [f"image = pipe({prompt!r}{given}).images[0]", "```"]
-    if (folder / ADAPTER).is_file():
+    if _has_lora(folder):
         lines += ["", "Or steer on top of it:", "", "```sh", shlex.join(words), "```"]
     return "\n".join(lines)
 

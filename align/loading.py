@@ -17,6 +17,7 @@ from samplers.families import FAMILIES
 from samplers.policy import Policy
 
 from .adapters import WEIGHTS as ALL_WEIGHTS
+from .adapters import load_lora
 from .planning.hollow import hollow_pipeline
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def load_policy(
             pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, **unused)
         whole = None if lora is None else Path(lora) / ALL_WEIGHTS
         if lora is not None and not (whole and whole.is_file()):
-            pipe.load_lora_weights(lora)
+            load_lora(pipe, lora)
         if student is not None:
             kind = diffusers.LCMScheduler if student == "lcm" else diffusers.EulerDiscreteScheduler
             known = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}

@@ -19,6 +19,7 @@ from rewards import Brightness, Prompt
 from samplers import DDIM, ODE, SeededNoise, rollout
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
+from tests.samplers.families.tiny import pixart
 
 PROMPTS = [Prompt("a cat"), Prompt("two dogs")]
 NAMES = {
@@ -111,6 +112,28 @@ def test_a_saved_adapter_is_what_diffusers_loads(fresh, tiny_folder, tmp_path, n
     torch.testing.assert_close(
         images(fresh(lora=tmp_path / "pytorch_lora_weights.safetensors")), wanted, rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("name", ["alpha", "one"])
+def test_an_adapter_of_a_pipeline_that_loads_none_is_in_pefts_format(tmp_path, name):
+    """PixArt's: peft's own loader gives the same output, ours too, and training goes on from it."""
+    from peft import PeftModel
+
+    pixart.build().save_pretrained(tmp_path / "base")
+    fresh = lambda **how: load_policy(tmp_path / "base", device="cpu", **how)  # noqa: E731
+    policy, base = trained(fresh(), NAMES[name]), output(fresh())
+    wanted, lora = output(policy), tmp_path / "lora"
+    assert [p.name for p in save_adapter(policy, lora)] == ["adapter_model.safetensors"]
+    again = fresh(lora=lora)
+    torch.testing.assert_close(output(again), wanted, rtol=0, atol=1e-6)
+    with again.acting_as("reference"):
+        assert torch.equal(output(again), base)
+    prepare_trainable(again, None, 0)
+    assert set(again.trainable) == set(policy.trainable)
+    theirs = fresh()
+    theirs.network = PeftModel.from_pretrained(theirs.network, str(lora))
+    torch.testing.assert_close(output(theirs), wanted, rtol=0, atol=1e-6)
+    assert float((wanted - base).abs().max()) > 1e-2
 
 
 def test_the_pipelines_own_call_makes_the_same_image(fresh, tiny_folder, tmp_path):

@@ -379,6 +379,17 @@ def test_a_card_for_weights_of_a_local_base(tmp_path, finished):
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
+def test_the_card_of_an_adapter_in_pefts_format_says_how_to_load_it(tmp_path, finished):
+    (tmp_path / "adapter_model.safetensors").touch()
+    write_card(tmp_path, strict((finished.out / "result.json").read_text()))
+    text = (tmp_path / "README.md").read_text()
+    assert "lora" in yaml.safe_load(text.split("---")[1])["tags"]
+    code = text.split("```python\n")[1].split("```")[0]
+    assert f"PeftModel.from_pretrained(pipe.transformer, '{tmp_path}')" in code and "from peft" in code
+    assert "load_lora_weights" not in text and f"--lora {tmp_path}" in text
+    compile(code, "card", "exec")
+
+
 def test_the_card_of_a_noise_hypernetwork_says_how_to_sample_with_it(tmp_path, finished):
     result = strict((finished.out / "result.json").read_text())
     result["config"]["objective"]["class_path"] = "align.objectives.hypernoise.HyperNoise"
