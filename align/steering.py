@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from rewards import Prompt, Reward, as_prompts
 from rewards.preprocess import sharing
 from samplers import (
     Budget,
+    Cond,
     Context,
     Interrupted,
     Iterate,
@@ -32,8 +35,10 @@ from samplers import (
     price,
 )
 from samplers import run as run_problem
+from samplers.rollout import check
 from samplers.steering import FREE
 
+from .begin import beginning, left_out
 from .budget import Purse, opened
 from .description import describe
 from .footprint import fitting
@@ -65,6 +70,8 @@ def steer(
     guidance: float | None = None,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    image: Tensor | str | Path | None = None,
+    strength: float = 0.8,
     rewards: Sequence[Reward] = (),
     gold: Reward | Literal["auto"] | None = "auto",
     plain: bool = True,
@@ -86,6 +93,8 @@ def steer(
         guidance: classifier-free guidance scale; the policy's own by default.
         seed: of the first sample; see `row_seed`.
         size: (height, width) in pixels; the policy's own by default.
+        image: a picture to begin from instead of pure noise, for all prompts: a file, or (3, H, W) with values in [0, 1].
+        strength: the share of the steps, in (0, 1], that is walked from there: how far samples may go from it.
         rewards: more rewards to score the results by.
         gold: a reward that is not optimised, reported as "gold". "auto" takes the exact detector of the model's world, if it
             has one that understands every prompt.
@@ -103,6 +112,7 @@ def steer(
         ValueError: arguments that cannot work, before any network runs.
     """
     how = {"kernel": kernel, "steps": steps, "particles": particles, "guidance": guidance, "seed": seed, "size": size}
+    how |= {"image": image, "strength": strength}
     run, prompts = prepared(policy, prompts, steering, rewards=rewards, gold=gold, batch=batch, **how)
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     world = World(cpu=policy.device.type == "cpu")
@@ -122,6 +132,8 @@ def steer(
         "seed": seed,
         "size": list(size or policy.size),
     }
+    if image is not None:
+        config |= {"image": None if isinstance(image, Tensor) else str(image), "strength": strength}
     result = Steered([], [], {}, config)
     per_chunk = max(1, batch // run.particles)
     arms = [(PLAIN, FREE)] * plain + [(STEERED, steering)]
@@ -151,6 +163,8 @@ def prepared(
     guidance: float | None = None,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    image: Tensor | str | Path | None = None,
+    strength: float = 0.8,
     rewards: Sequence[Reward] = (),
     gold: Reward | Literal["auto"] | None = "auto",
     batch: int = 32,
@@ -160,12 +174,16 @@ def prepared(
     kernel = kernel or policy.kernel
     pixels: Size = size or policy.size
     shape, levels = policy.shape(pixels), policy.levels(policy.steps if steps is None else steps, pixels)
+    begin = None
+    if image is not None:
+        skipped = left_out(levels.steps, strength)
+        kernel, levels, begin = kernel.window(skipped, levels.steps), levels[skipped:], beginning(policy, image, pixels)
     guidance = policy.guidance if guidance is None else guidance
     gold = gold_of(policy, prompts) if gold == "auto" else gold
     panel = panel_of([*steering.rewards(), *rewards], gold)
     how = (policy, kernel, levels, shape, guidance, steering, particles or PARTICLES, seed, panel, batch)
     run = Run(*how)
-    run.size = pixels
+    run.size, run.begin = pixels, begin
     return run, prompts
 
 
@@ -173,6 +191,7 @@ class Run:
     """What stays the same over the chunks and arms of one call."""
 
     size: Size
+    begin: Tensor | None = None
 
     def __init__(self, policy, kernel, levels, shape, guidance, steering, particles, seed, panel, batch) -> None:
         self.policy, self.kernel, self.levels, self.shape, self.guidance = policy, kernel, levels, shape, guidance
@@ -186,7 +205,7 @@ class Run:
         self.particles = asked or self.steering.least
         self.check(prompts[0])
         mine = math.ceil(len(prompts) / (world.size if budget.unit == "s" else 1))
-        cond = self.policy.encode(prompts[:1]).with_guidance(self.guidance)
+        cond = self.encode(prompts[:1])
         how = (
             self.steering,
             self.policy,
@@ -211,7 +230,7 @@ class Run:
 
     def fitting(self, prompts: list[Prompt], per_chunk: int) -> AbstractContextManager[None]:
         """Lets the network take the rows of a chunk a few at a time if they would not fit in memory together."""
-        cond = self.policy.encode(prompts[:1]).with_guidance(self.guidance)
+        cond = self.encode(prompts[:1])
 
         def differentiates() -> bool:
             cost = price(self.steering, self.policy, self.kernel, self.levels, cond, self.steering.least, self.shape)
@@ -223,13 +242,18 @@ class Run:
 
     def check(self, prompt: Prompt) -> None:
         """Raises now what the steered arm would raise only after the plain arm has run."""
-        cond = self.policy.encode([prompt]).repeat(self.particles)
+        cond = self.encode([prompt]).repeat(self.particles)
         noise = SeededNoise(self.seeds(1, 0), self.shape)
         ctx = Context(self.policy, self.kernel, cond, self.levels, noise, self.particles, [prompt], self.steering)
-        self.steering.check(ctx)
+        check(ctx)
         for reward in self.panel.values():
             if reward.modality != self.policy.modality:
                 raise ValueError(f"{reward.name} scores {reward.modality}, but the model makes {self.policy.modality}")
+
+    def encode(self, prompts: list[Prompt]) -> Cond:
+        """The conditions of prompts, and what they begin from."""
+        cond = self.policy.encode(prompts).with_guidance(self.guidance)
+        return cond if self.begin is None else replace(cond, begin=self.begin.repeat_interleave(len(prompts), 0))
 
     def all(self, result: Steered, prompts: list[Prompt], arms: list, per_chunk: int, tick, world: World) -> None:
         """Every chunk of prompts in every arm, dealt out to processes; what is finished when something goes wrong is kept."""
@@ -268,7 +292,7 @@ class Run:
 
     def add(self, result: Steered, prompts: list[Prompt], first: int, arm: str, steering: Steering, tick) -> None:
         """Samples one chunk of prompts and adds it to the result; an interrupted chunk is added before the interrupt goes on."""
-        cond = self.policy.encode(prompts).with_guidance(self.guidance)
+        cond = self.encode(prompts)
         noise = SeededNoise(self.seeds(len(prompts), first), self.shape, device=self.policy.device)
         how = {"particles": self.particles, "prompts": prompts, "batch": self.batch}
         how |= {"seen": tick[1]} if isinstance(steering, Outer) else {"watch": tick[0]}

@@ -93,6 +93,7 @@ class Auto(Outer):
             raise ValueError("an Auto cannot race in an Auto")
         self.reward, self.rivals, self.races, self.share = reward, rivals, races, share
         self.beta, self.samples = beta, samples
+        self.begins = all(rival.begins for rival in rivals or ())
         self.rounds = races + 2  # the plain samples, the races, what is left
 
     def bind(self, reward: Reward | None) -> Steering:

@@ -62,6 +62,7 @@ class ShiftedNoise(Outer):
     """
 
     plain = "reference"
+    begins = False
     rounds = 1
 
     def __init__(self, reward: Reward | None = None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -150,12 +150,13 @@ class Problem:
             record: "path" keeps every state.
         """
         rows = torch.arange(self.rows) if rows is None else rows
+        cond = replace(self.cond[rows], begin=None) if start else self.cond[rows]
         levels = self.levels[slice(start, None if stop is None else stop + 1)]
         kernel = (kernel or self.kernel).window(start, start + levels.steps)
         given = noise if callable(noise) else _padded(noise, kernel, levels)
         prompts = [self.prompts[i] for i in rows.tolist()] if self.prompts else []
         how = {"prompts": prompts, "grad": grad, "record": record, "watch": watch or self.watch}
-        trajectory = rollout(self.policy, kernel, self.cond[rows], levels, given, **how)
+        trajectory = rollout(self.policy, kernel, cond, levels, given, **how)
         self.ledger.add(trajectory.ledger)
         graded = sum(grad(i, levels.steps) for i in range(levels.steps)) if grad is not never else 0
         self.ledger.counts["gradient"] += graded * len(rows) * (1 + self.cond.guided)

@@ -43,14 +43,18 @@ class Cond:
         negative: the same names for the unconditional branch, or None for a model without guidance.
         guidance: classifier-free guidance scale; 1 or less switches the unconditional branch off. Networks that take the
             scale as an input read it from here.
+        begin: (B, …) clean latents that a run begins from, noised to its first level (SDEdit, 2108.01073); None begins from noise
+            alone.
     """
 
     positive: Mapping[str, Tensor]
     negative: Mapping[str, Tensor] | None = None
     guidance: float = 1.0
+    begin: Tensor | None = None
 
     def __post_init__(self) -> None:
-        parts = {"positive": self.positive, "negative": self.negative or {}}
+        begin = {} if self.begin is None else {"latents": self.begin}
+        parts = {"positive": self.positive, "negative": self.negative or {}, "begin": begin}
         sizes = {f"{part} {name}": len(value) for part, named in parts.items() for name, value in named.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"every condition needs one row a sample; got {sizes}")
@@ -93,12 +97,13 @@ class Cond:
         negative = first.negative and {
             name: joined([(c.negative or {})[name] for c in conds]) for name in first.negative
         }
-        return Cond(positive, negative, first.guidance)
+        begin = None if first.begin is None else torch.cat([c.begin for c in conds if c.begin is not None])
+        return Cond(positive, negative, first.guidance, begin)
 
     def _map(self, change) -> Cond:
         positive = {name: change(value) for name, value in self.positive.items()}
         negative = None if self.negative is None else {name: change(value) for name, value in self.negative.items()}
-        return Cond(positive, negative, self.guidance)
+        return Cond(positive, negative, self.guidance, None if self.begin is None else change(self.begin))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

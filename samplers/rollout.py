@@ -19,7 +19,7 @@ from rewards.base import Prompt, as_prompts
 
 from .kernels import Kernel
 from .ledger import Ledger
-from .levels import Clean, Levels, to_clean
+from .levels import Clean, Levels, diffuse, to_clean
 from .noise import Noise, SeededNoise
 from .policy import Cond, Policy
 from .steering import FREE, Context, RewardFailed, Steering
@@ -178,7 +178,8 @@ def rollout(
 
     Args:
         cond: P rows, one a prompt, or already B = P·`particles` rows.
-        noise: noise(0) is the initial state (B, …); noise(i) drives the i-th step.
+        noise: noise(0) is the initial state (B, …), or the noise in it where `cond` has latents to begin from; noise(i) drives
+            the i-th step.
         particles: K, rows a prompt; they form consecutive blocks.
         prompts: P or B prompts for the steering's rewards.
         grad: which steps' network calls build a graph, under the policy's activation checkpointing. From the first of them on
@@ -197,8 +198,10 @@ def rollout(
         raise ValueError(f"{steering} makes rollouts of its own: pass it to align.steer or samplers.run")
     noise = shaped(noise, policy)
     x = noise(0)
-    x = x.to(policy.device, policy.dtype if x.is_floating_point() else x.dtype)
     cond, told = row_by_row(cond, prompts, len(x), particles)
+    if cond.begin is not None:
+        x = diffuse(cond.begin.to(x), x, levels[0])
+    x = x.to(policy.device, policy.dtype if x.is_floating_point() else x.dtype)
     ctx = Context(policy, kernel, cond, levels, noise, particles, told, steering)
     ctx.enter(0, x, Clean(x, x))  # nothing is known yet
     _check(ctx, grad, record)
@@ -281,6 +284,8 @@ def check(ctx: Context) -> None:
     for reward in ctx.steering.rewards():
         if reward.needs_prompt and not ctx.prompts:
             raise ValueError(f"{reward.name} needs one prompt a sample, and this run has none: pass prompts=…")
+    if ctx.cond.begin is not None and not ctx.steering.begins:
+        raise ValueError(f"{ctx.steering} takes the initial noise for a state, so it cannot begin from given latents")
     ctx.steering.check(ctx)
 
 

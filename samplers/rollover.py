@@ -109,6 +109,8 @@ class RolloverBudget(Outer):
         speculative: candidates of a chain judged at a time; more fill the batch better and waste what comes too late.
     """
 
+    begins = False
+
     def __init__(
         self,
         reward: Reward | None = None,

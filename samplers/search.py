@@ -262,6 +262,8 @@ class PathSearch(Outer):
         forth: the share by which the state it goes on from lies after that, more than `back`.
     """
 
+    begins = False
+
     def __init__(
         self,
         reward: Reward | None = None,

@@ -284,11 +284,13 @@ class Steering(ABC):
 
     Attributes:
         outside: whether it makes rollouts of its own, see `samplers.outer`.
+        begins: whether its runs may begin from given latents (`Cond.begin`).
         plain: whose weights sample where nothing is steered; see `Policy.acting_as`.
     """
 
     reward: Reward | None = None
     outside: bool = False
+    begins: bool = True
     least: int = 1  # how many particles belong together: a prompt has a multiple of them
     plain: str = "policy"
 

@@ -42,6 +42,7 @@ class UNetPolicy(VPPolicy):
     """
 
     conditioning_scale: float = 1.0
+    controlnet: Any
 
     def __init__(self, pipe: Any, preview_vae: nn.Module | None = None) -> None:
         super().__init__(pipe, preview_vae)
@@ -79,7 +80,7 @@ class UNetPolicy(VPPolicy):
         scale = None
         if self.embeds_guidance:
             w = torch.full((len(x),), cond.guidance - 1.0)
-            width = self.network.config.time_cond_proj_dim
+            width = self.pipe.unet.config.time_cond_proj_dim
             scale = self.pipe.get_guidance_scale_embedding(w, embedding_dim=width).to(x)
         return self.network(x, t, timestep_cond=scale, **given, **found)[0]
 
