@@ -98,7 +98,7 @@ def clip(width: int = 16, projects: bool = False):
 
     letters = [letter + end for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz"]
     vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    words = CLIPTokenizer(vocabulary, [], model_max_length=16)
+    words = CLIPTokenizer(vocabulary, [], model_max_length=32)
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=width,
@@ -106,7 +106,7 @@ def clip(width: int = 16, projects: bool = False):
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=32,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.eos_token_id,

@@ -1,0 +1,70 @@
+"""Laws of Stable Diffusion 3: our rollouts equal its pipeline's own samples, whichever text encoders are there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from align import load_policy
+from samplers.families.sd3 import StableDiffusion3
+from tests.samplers.families.compare import PROMPTS, compare
+from tests.samplers.families.tiny.sd3 import VARIANTS, build
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rollouts_equal_the_pipeline(variant, guidance, tmp_path):
+    pipe = VARIANTS[variant]()
+    pipe.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, device="cpu") if guidance > 1 else StableDiffusion3(pipe)
+    assert isinstance(policy, StableDiffusion3)
+    for size in ((16, 16), (16, 24)):
+        compare(pipe, policy, guidance, size)
+        assert torch.equal(policy.levels(3, size).t[:-1], pipe.scheduler.timesteps.double())
+
+
+def test_defaults_are_the_published():
+    policy = StableDiffusion3(build())
+    assert (policy.guidance, policy.steps, policy.size, policy.multiple) == (7.0, 28, (16, 16), 4)
+    assert policy.max_sequence_length == 256 and policy.contrasts and not policy.few_step
+    assert policy.levels(4).sigma.tolist() == pytest.approx(StableDiffusion3(build("3")).levels(4).sigma.tolist())
+
+
+@pytest.mark.parametrize("absent", ["1", "2", "3", "12", "13", "23"])
+def test_an_absent_encoder_is_heard_as_zeros(absent):
+    """The pipeline's embedding with all encoders, its part of those that are not there struck out."""
+    texts = [PROMPTS[0].text]
+    with torch.no_grad():
+        tokens, _, pooled, _ = build().encode_prompt(texts, texts, texts, do_classifier_free_guidance=False)
+    words = tokens.shape[1] - 256
+    parts = {
+        "1": (tokens[:, :words, :16], pooled[:, :16]),
+        "2": (tokens[:, :words, 16:40], pooled[:, 16:]),
+        "3": (tokens[:, words:],),
+    }
+    for part in (part for i in absent for part in parts[i]):
+        assert float(part.abs().max()) > 0.1
+        part.zero_()
+    if "1" in absent and "2" in absent:  # the pipeline takes the length of CLIP's tokens for 77 without its tokenizer
+        tokens = torch.cat([tokens.new_zeros(1, 77 - words, 48), tokens], 1)
+    heard = StableDiffusion3(build(absent)).encode(texts).positive
+    torch.testing.assert_close(heard["encoder_hidden_states"], tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(heard["pooled_projections"], pooled, rtol=0, atol=1e-6)
+
+
+def test_texts_and_times_are_heard_row_by_row():
+    policy = StableDiffusion3(build(qk_norm="rms_norm", dual_attention_layers=(0,)))
+    cond, levels = policy.encode([*PROMPTS, "a bird"]), policy.levels(4)
+    x = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1, 1)
+    together = policy.predict(x, levels[torch.tensor([0, 0, 2])], cond)
+    alone = [policy.predict(x[:1], levels[i], cond[[row]]) for row, i in enumerate((0, 0, 2))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+    assert float((together[0] - together[1]).abs().max()) > 1e-2
+    assert float((together[2] - policy.predict(x[:1], levels[0], cond[[2]])).abs().max()) > 1e-2
+
+
+def test_sizes_end_with_the_places_the_network_knows():
+    policy = StableDiffusion3(build())
+    assert policy.shape((48, 8)) == (4, 24, 4)
+    with pytest.raises(ValueError, match=r"12 places a side, 48 pixels; got size \(52, 8\)"):
+        policy.shape((52, 8))
