@@ -77,7 +77,8 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
     if policy.source:
         dtype = str(policy.dtype).replace("torch.", "")
         made = {"model": policy.source, "adapter": policy.adapter or None, "dtype": dtype, "device": policy.device.type}
-        return made | ({"student": policy.student} if policy.student else {})
+        more = {"student": policy.student, "controlnet": policy.control, **policy.loaded_with}
+        return made | {name: value for name, value in more.items() if value}
     return describe(policy)
 
 
@@ -87,4 +88,6 @@ def build_policy(description: Mapping[str, Any]) -> Policy:
         return build(description)
     device = None if description["device"] == "cuda" else description["device"]
     how = {"dtype": description["dtype"], "device": device, "waiting": sharding.asked()}
-    return load_policy(description["model"], lora=description["adapter"], student=description.get("student"), **how)
+    known = ("model", "adapter", "dtype", "device")
+    how |= {name: value for name, value in description.items() if name not in known}
+    return load_policy(description["model"], lora=description["adapter"], **how)

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from samplers.families import FAMILIES
 from samplers.policy import Policy
 
-from .adapters import WEIGHTS as ALL_WEIGHTS
-from .adapters import load_lora
+from .folders import (
+    ASSETS,
+    HUB_ID,
+    absent_parts,
+    check_scheduler,
+    check_weights,
+    family_of,
+    generation_config,
+    pipeline_config,
+    variant_of,
+)
+from .loras import all_weights, load_fitting_lora, replace_weights
+from .places import Offload, Placement, Quantize
 from .planning.hollow import hollow_pipeline
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from .single import is_single_file, single_config, single_pipeline
 
 __all__ = ["EMBEDDED", "Student", "best_device", "load_policy", "usable"]
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"
+EMBEDDED = ASSETS / "tiny-sd"
 Student = Literal["lcm", "trailing"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-WEIGHTS = (".safetensors", ".bin", ".msgpack")
 
 
 def load_policy(
@@ -36,6 +40,14 @@ def load_policy(
     *,
     lora: str | Path | None = None,
     student: Student | None = None,
+    controlnet: str | Path | None = None,
+    like: str | Path | None = None,
+    variant: str | None = None,
+    quantize: Quantize | None = None,
+    quantize_text: bool = False,
+    device_map: str | None = None,
+    offload: Offload | None = None,
+    compile: bool | Literal["regional"] = False,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     preview_vae: str | Path | None = None,
@@ -44,72 +56,149 @@ def load_policy(
     """Loads a diffusers pipeline as a policy.
 
     Args:
-        model: a folder in the diffusers layout, or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The
-            default is the embedded model, "tiny-sd"; "tiny-turbo" is its few-step student, "tiny-flow" a rectified flow. A
-            `generation_config.json` in the folder sets the defaults of `steps` ("num_inference_steps") and `guidance`
-            ("guidance_scale"), the length of texts ("max_sequence_length"), and may name the "world" whose detector is gold.
+        model: a folder in the diffusers layout, a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5", or one
+            .safetensors file that holds a whole checkpoint. The default is the embedded model, "tiny-sd"; "tiny-turbo" is its
+            few-step student, "tiny-flow" a rectified flow. A `generation_config.json` in the folder sets the defaults of
+            `steps` ("num_inference_steps") and `guidance` ("guidance_scale"), the length of texts ("max_sequence_length"),
+            and may name the "world" whose detector is gold.
         lora: LoRA weights in the diffusers format: a folder, a file or a hub id; or the folder of a run that trained all weights.
         student: for few-step students that come as LoRA or as a network alone, over a many-step checkpoint's schedule: "lcm" for
             latent consistency (LCM-LoRA), "trailing" for turbo, Hyper-SD and DMD students. Whole checkpoints of LCM and
             SD-Turbo are recognised by their schedulers.
+        controlnet: a ControlNet (folder or hub id) beside a Stable Diffusion model; every prompt then needs a picture, its
+            `meta["control"]`. Whole pipelines with a ControlNet need nothing said.
+        like: the folder or hub id whose configuration a checkpoint in one file takes; recognised by its tensors if not said.
+        variant: of the files of weights, such as "fp16"; guessed where a folder's network has no other.
+        quantize: bits of the network's frozen linear layers, under a LoRA of float32: "int8", "fp8" (torchao), "nf4"
+            (bitsandbytes, on a GPU), or "int4" (torchao, on a GPU, no LoRA). Needs the extra `quant`.
+        quantize_text: the same for the text encoders.
+        device_map: "balanced" spreads the networks over the GPUs.
+        offload: weights wait on the CPU: "group" brings a layer at a time, "model" a network, "sequential" a layer, slower.
+            Gradients pass through all three, by recomputing; training works with "group" alone. See `align.places`.
+        compile: compiles the network with `torch.compile`, in place; "regional" its repeated block, once.
         device: where to run; a GPU (CUDA, then Apple's) if there is one. On "meta" no weights are read: see `align.planning`.
-        dtype: of the networks, as a torch dtype or its name; float32 on the CPU, float16 elsewhere.
+        dtype: of the networks, as a torch dtype or its name; float32 on the CPU, elsewhere float16, or bfloat16 if quantised.
         preview_vae: an `AutoencoderTiny` (folder or hub id) that decodes intermediate estimates.
         waiting: leave the denoising network on the CPU, from where training shards it over devices.
 
     Raises:
         FileNotFoundError: no such folder, or parts of it are missing.
-        ValueError: a pipeline of a family kilter does not know, or a device that is not here.
+        ValueError: a pipeline of a family kilter does not know, a scheduler or LoRA of another family, a device or package that
+            is not here, or options that exclude each other.
     """
-    model = _embedded(model)
-    model, lora, preview_vae = _expanded(model), lora and _expanded(lora), preview_vae and _expanded(preview_vae)
-    config = _pipeline_config(model)
+    places = Placement(quantize, quantize_text, device_map, offload, compile)
+    model, lora = _expanded(_embedded(model)), lora and _expanded(lora)
+    like = like and _expanded(_embedded(like))
+    if is_single_file(model):
+        if places.quantize or places.device_map:
+            raise ValueError(
+                f"{model} is one file, which is read whole: quantize and device_map need a folder or hub id"
+            )
+        config, like = single_config(model, like)
+    elif like is not None:
+        raise ValueError(f"like names the configuration of a checkpoint in one file; {model} has its own: leave it out")
+    else:
+        config = pipeline_config(model)
+    if controlnet is not None and "ControlNet" not in (name := str(config.get("_class_name"))):
+        config = {**config, "_class_name": name.replace("Pipeline", "ControlNetPipeline")}
     if lora is not None and not Path(lora).exists() and not HUB_ID.fullmatch(str(lora)):
         raise FileNotFoundError(f"no LoRA {lora}: expected a folder or file here, or a hub id such as owner/name")
     if student not in (None, "lcm", "trailing"):
         raise ValueError(f"student must be lcm or trailing; got {student!r}")
-    family = _family(config, model)
+    family = family_of(config, model)
+    check_scheduler(family, config, model, student)
     device = usable(device or best_device())
-    dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" else torch.float16)
+    places.check(device, waiting)
+    dtype = _dtype(dtype) or _best_dtype(device, quantize)
+    given = {"variant": variant or variant_of(model), "dtype": dtype}
+    pipe = _pipeline(model, config, like, device, controlnet, places, **given)
+    whole = all_weights(lora)
+    with _quiet():
+        if lora is not None and whole is None:
+            load_fitting_lora(pipe, lora)
+        if student is not None:
+            _reschedule(pipe, student)
+        tiny = _preview(preview_vae, dtype)
+    policy = _placed(family, pipe, tiny, places, device, waiting)
+    if whole is not None:
+        replace_weights(policy.network, whole)
+    if device.type != "meta":
+        places.settle(policy, device)
+    _set_defaults(policy, generation_config(model))
+    policy.source, policy.adapter, policy.student = str(model), "" if lora is None else str(lora), student or ""
+    policy.control = "" if controlnet is None else str(controlnet)
+    told = {"like": like and str(like), "variant": variant}
+    policy.loaded_with = {**places.as_dict(), **{name: value for name, value in told.items() if value}}
+    return policy
 
+
+def _pipeline(
+    model: str | Path,
+    config: Mapping[str, Any],
+    like: str | Path | None,
+    device: torch.device,
+    controlnet: str | Path | None,
+    places: Placement,
+    *,
+    variant: str | None,
+    dtype: torch.dtype,
+) -> Any:
+    """The pipeline, its weights where `from_pretrained` puts them; without any on the meta device."""
     import diffusers
 
-    unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in config}
-    unused |= {name: None for name, entry in config.items() if entry == [None, None]}
-    networks = (file for part in ("unet", "transformer") for file in Path(model).glob(f"{part}/*"))
-    weights = [file.name for file in networks if file.name.endswith(WEIGHTS)]
-    variant = "fp16" if weights and all(".fp16." in name for name in weights) else None
-    with _quiet(diffusers), _named(model):
+    given: dict[str, Any] = dict(absent_parts(model, config))
+    kind = diffusers.DiffusionPipeline
+    if controlnet is not None:
+        with _quiet(), _named(controlnet):
+            given["controlnet"] = diffusers.ControlNetModel.from_pretrained(_expanded(controlnet), dtype=dtype)
+        kind = getattr(diffusers, config["_class_name"])
+    with _quiet(), _named(model):
         if device.type == "meta":
-            pipe = hollow_pipeline(model, config, dtype, unused)
-        else:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, **unused)
-        whole = None if lora is None else Path(lora) / ALL_WEIGHTS
-        if lora is not None and not (whole and whole.is_file()):
-            load_lora(pipe, lora)
-        if student is not None:
-            kind = diffusers.LCMScheduler if student == "lcm" else diffusers.EulerDiscreteScheduler
-            known = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
-            pipe.scheduler = kind.from_config(
-                known | ({"timestep_spacing": "trailing"} if student == "trailing" else {})
-            )
-        tiny = None
-        if preview_vae is not None:
-            tiny = diffusers.AutoencoderTiny.from_pretrained(preview_vae, dtype=dtype)
+            return hollow_pipeline(like or model, config, dtype, given)
+        if like is not None:
+            return single_pipeline(model, str(like), config, dtype, given)
+        how = places.reading(config, dtype)
+        pipe = kind.from_pretrained(model, dtype=dtype, variant=variant, **given, **how)
+        check_weights(model, pipe, variant)
+        return pipe
+
+
+def _placed(family: Any, pipe: Any, tiny: Any, places: Placement, device: torch.device, waiting: bool) -> Policy:
+    """The policy, on its devices unless something else will bring it there."""
+    if places.offload or places.device_map:
+        return family(pipe, preview_vae=tiny)
     policy = family(pipe if waiting else pipe.to(device), preview_vae=tiny)
     for part in policy.children() if waiting else (policy,):
         if part is not policy.network:
             part.to(device)
-    if whole is not None and whole.is_file():
-        _replace_weights(policy.network, whole)
-    defaults = _generation_config(model)
-    policy.steps = int(defaults.get("num_inference_steps", policy.steps))
-    policy.guidance = float(defaults.get("guidance_scale", policy.guidance))
-    if policy.max_sequence_length is not None:
-        policy.max_sequence_length = int(defaults.get("max_sequence_length", policy.max_sequence_length))
-    policy.source, policy.world = str(model), str(defaults.get("world", ""))
-    policy.adapter, policy.student = "" if lora is None else str(lora), student or ""
     return policy
+
+
+def _reschedule(pipe: Any, student: Student) -> None:
+    """Gives the pipeline the schedule of a few-step student."""
+    import diffusers
+
+    kind = diffusers.LCMScheduler if student == "lcm" else diffusers.EulerDiscreteScheduler
+    known = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
+    pipe.scheduler = kind.from_config(known | ({"timestep_spacing": "trailing"} if student == "trailing" else {}))
+
+
+def _preview(vae: str | Path | None, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    if vae is None:
+        return None
+    with _named(vae):
+        return diffusers.AutoencoderTiny.from_pretrained(_expanded(vae), dtype=dtype)
+
+
+def _set_defaults(policy: Policy, known: Mapping[str, Any]) -> None:
+    """What the folder's `generation_config.json` says of a run."""
+    policy.steps = int(known.get("num_inference_steps", policy.steps))
+    policy.guidance = float(known.get("guidance_scale", policy.guidance))
+    policy.world = str(known.get("world", ""))
+    if (most := getattr(policy, "max_sequence_length", None)) is not None:
+        policy.max_sequence_length = int(known.get("max_sequence_length", most))  # pyright: ignore
 
 
 def usable(device: str | torch.device) -> torch.device:
@@ -127,92 +216,6 @@ def usable(device: str | torch.device) -> torch.device:
         ) from error
 
 
-def _replace_weights(network: torch.nn.Module, file: Path) -> None:
-    """Puts the weights of a run that trained the network itself in the place of the network's own."""
-    from safetensors.torch import load_file
-
-    weights, own = load_file(file), network.state_dict()
-    strange = [name for name, w in weights.items() if name not in own or own[name].shape != w.shape]
-    if strange:
-        raise ValueError(
-            f"{file} has a {tuple(weights[strange[0]].shape)} {strange[0]!r}, which {type(network).__name__} has not: "
-            "load it over the model it was trained from"
-        )
-    network.load_state_dict(weights, strict=False)
-
-
-def _pipeline_config(model: str | Path) -> Mapping[str, Any]:
-    """`model_index.json` of a complete folder or a hub id."""
-    folder = Path(model)
-    if folder.parent == EMBEDDED.parent and not folder.is_dir():
-        raise FileNotFoundError(
-            f"no {folder}: the embedded model comes with a clone of the repository; pass another model"
-        )
-    if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no model_index.json: expected a folder saved by a diffusers pipeline"
-            )
-        try:
-            config = json.loads(index.read_text())
-        except json.JSONDecodeError as error:
-            raise FileNotFoundError(f"{index} is not JSON ({error}): the download may be incomplete") from error
-        if missing := _missing_parts(folder, config):
-            raise FileNotFoundError(f"{folder} is incomplete; missing: {', '.join(missing)}. Download it again")
-        return config
-    if not HUB_ID.fullmatch(str(model)):
-        raise FileNotFoundError(f"no folder {model}; a hub id looks like owner/name")
-    from diffusers import DiffusionPipeline
-
-    try:
-        config = DiffusionPipeline.load_config(str(model))
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"{model} is neither a folder here nor a model that the hub could give: {reason}"
-        ) from error
-    assert isinstance(config, dict)
-    return config
-
-
-def _missing_parts(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    missing = []
-    for name, entry in config.items():
-        if (
-            name in ("safety_checker", "feature_extractor", "image_encoder")
-            or not isinstance(entry, list)
-            or not entry[0]
-        ):
-            continue
-        part = folder / name
-        files = [f.name for f in part.iterdir()] if part.is_dir() else []
-        modelled = not any(word in entry[1] for word in ("Tokenizer", "Scheduler", "Processor"))
-        words = {"vocab.json", "tokenizer.json", "spiece.model", "vocab.txt"}
-        if not files:
-            missing.append(f"{name}/")
-        elif "Tokenizer" in entry[1] and not words & set(files):
-            missing.append(f"{name}/ vocabulary ({' or '.join(sorted(words))})")
-        elif modelled and not any(f.endswith(WEIGHTS) for f in files):
-            missing.append(f"{name}/ weights ({' or '.join(WEIGHTS)})")
-        elif modelled and "config.json" not in files:
-            missing.append(f"{name}/config.json")
-    return missing
-
-
-def _family(config: Mapping[str, Any], model: str | Path):
-    pipeline = config.get("_class_name")
-    if pipeline not in FAMILIES:
-        raise ValueError(f"{model} is a {pipeline}, which kilter cannot drive yet; supported: {', '.join(FAMILIES)}")
-    module, name = FAMILIES[pipeline].split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _generation_config(model: str | Path) -> dict[str, Any]:
-    path = Path(model) / "generation_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
@@ -222,9 +225,15 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known[dtype]
 
 
+def _best_dtype(device: torch.device, quantize: str | None) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if quantize else torch.float16
+
+
 def _embedded(model: str | Path) -> str | Path:
     """The folder of an embedded model's name, unless a folder here has that name."""
-    named = EMBEDDED.parent / str(model)
+    named = ASSETS / str(model)
     return named if str(model) in ("tiny-sd", "tiny-turbo", "tiny-flow") and not Path(model).exists() else model
 
 
@@ -256,7 +265,8 @@ def _named(model: str | Path) -> Iterator[None]:
 class _quiet:
     """Silences progress bars and the remarks of from_pretrained while a model loads."""
 
-    def __init__(self, diffusers) -> None:
+    def __init__(self) -> None:
+        import diffusers
         from transformers.utils import logging as transformers_logging
 
         self.logs = (diffusers.utils.logging, transformers_logging)

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,11 @@ class Policy(Configurable, nn.Module, ABC):
         guidance, steps: what a run uses when it is not told otherwise.
         size: the native media size in pixels.
         few_step: whether it is a student that makes whole samples in one to a few steps.
-        source, adapter, student: the folder or hub id it was loaded from, that of its LoRA, and the schedule it was told to take.
+        source, adapter, control: the folder or hub id it was loaded from, that of its LoRA, and that of a ControlNet beside it.
+        student: the schedule it was told to take.
+        loaded_with: what else `align.load_policy` was told, such as {"offload": "group"}.
+        runs_on: where it computes, if its weights wait elsewhere: network calls with a gradient, and decoding, are then
+            recomputed in the backward pass, which brings the weights again.
         modality: what it makes.
         world: the name of a procedural world whose exact detector can judge it, or "".
         checkpointing: what is recomputed in the backward pass of a rollout: whole network calls ("step"), the network's own
@@ -146,6 +151,9 @@ class Policy(Configurable, nn.Module, ABC):
     source: str = ""
     adapter: str = ""
     student: str = ""
+    loaded_with: Mapping[str, Any] = MappingProxyType({})
+    runs_on: torch.device | None = None
+    control: str = ""
     modality: Modality = "image"
     world: str = ""
     checkpointing: Checkpointing = "step"
@@ -201,7 +209,7 @@ class Policy(Configurable, nn.Module, ABC):
     def in_chunks(self, decode: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
         """Decodes `decode_chunk` samples at a time; in the backward pass each chunk is recomputed unless nothing is."""
         parts = x0.split(self.decode_chunk)
-        if torch.is_grad_enabled() and x0.requires_grad and self.checkpointing != "none":
+        if torch.is_grad_enabled() and x0.requires_grad and (self.checkpointing != "none" or self.runs_on):
             again = {"use_reentrant": False, "preserve_rng_state": False}
             return torch.cat([checkpoint(decode, part, **again) for part in parts])  # pyright: ignore
         return torch.cat([decode(part) for part in parts])
@@ -213,13 +221,13 @@ class Policy(Configurable, nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
+        """Where the network computes."""
+        return self.runs_on or next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The network's floating point type; states are stored in it between steps."""
-        return next(self.network.parameters()).dtype
+        return next(p.dtype for p in self.network.parameters() if p.is_floating_point())  # quantised ones may be integers
 
     def denoise(self, x: Tensor, at: Levels, cond: Cond) -> Clean:
         """The guided clean estimate at level `at`, in at least float32, from one batched network call."""
@@ -227,13 +235,15 @@ class Policy(Configurable, nn.Module, ABC):
 
     def output(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
         """What the network predicts, guidance applied; in the backward pass each part of a split batch is recomputed."""
-        if self.rows_at_once is None or len(x) <= self.rows_at_once:
+        moving = torch.is_grad_enabled() and self.runs_on is not None
+        most = len(x) if self.rows_at_once is None else self.rows_at_once
+        if len(x) <= most and not moving:
             return self._output(x, at, cond)
         again = {"use_reentrant": False, "preserve_rng_state": False}
-        recomputed = torch.is_grad_enabled() and self.checkpointing != "none"
+        recomputed = moving or (torch.is_grad_enabled() and self.checkpointing != "none")
         parts = []
-        for first in range(0, len(x), self.rows_at_once):
-            rows = slice(first, first + self.rows_at_once)
+        for first in range(0, len(x), most):
+            rows = slice(first, first + most)
             one = (x[rows], at if at.t.ndim == 0 else at[rows], cond[rows])
             parts.append(checkpoint(self._output, *one, **again) if recomputed else self._output(*one))  # pyright: ignore
         return torch.cat(parts)

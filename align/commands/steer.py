@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Optional
 
 from jsonargparse import SUPPRESS, ActionConfigFile, Namespace
 
 from rewards import Prompt, Reward
-from samplers import Budget, Kernel, Steering
+from samplers import Budget, Kernel, Policy, Steering
+from samplers.unets import UNetPolicy
 
 from ..adapters import set_scale
 from ..description import describe
 from ..loading import EMBEDDED, Student
-from ..parsing import FAILED, INTERRUPTED, Parser
+from ..media import Media, fitted, load_rgb
+from ..parsing import FAILED, INTERRUPTED, LOADING, Parser, add_loading
 from ..prompts import read_prompts
 from ..results import Steered, prepare_folder
 from ..versus import Versus
@@ -41,9 +44,13 @@ def parser() -> Parser:
     options.add_argument(
         "--lora_scale", type=float, default=1.0, help="strength of the LoRA: 0 is the base, 1 as trained"
     )
+    options.add_argument("--controlnet", type=Optional[str], help="a ControlNet: folder or hub id")
+    options.add_argument("--control", type=Optional[str], help="picture for the ControlNet, where a prompt has none")
+    options.add_argument("--control_scale", type=float, default=1.0, help="strength of the ControlNet: 0 is without")
     options.add_argument("--preview_vae", type=Optional[str], help="AutoencoderTiny for intermediate rewards")
     options.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …")
     options.add_argument("--dtype", type=Optional[Literal["float32", "float16", "bfloat16"]], help="of the networks")
+    add_loading(options)
     options.add_argument("--reward", type=Reward, default={"class_path": "CrossEncoder"}, help="what to steer by")
     options.add_argument("--steering", type=Steering, default={"class_path": "FeynmanKac"}, help="how to steer")
     options.add_argument(
@@ -64,6 +71,8 @@ def parser() -> Parser:
     )
     options.add_argument("--seed", type=int, default=0, help="of the first sample")
     options.add_argument("--size", type=Optional[tuple[int, int]], help="[height, width] in pixels")
+    options.add_argument("--image", type=Optional[str], help="picture to begin from instead of pure noise")
+    options.add_argument("--strength", type=float, default=0.8, help="share of the steps walked from --image")
     options.add_argument("--plain", type=bool, default=True, help="also sample without steering")
     options.add_argument("--batch", type=int, default=32, help="samples in flight at a time")
     options.add_argument("--out", type=Optional[str], help="result folder; the next free runs/NNN by default")
@@ -111,16 +120,32 @@ def _sampled(parser: Parser, parsed: Namespace, options: Namespace, prompts: lis
     from .. import compare_steerings, load_policy, steer
 
     built = parser.instantiate(parsed).steer
-    how = {"device": options.device, "dtype": options.dtype, "preview_vae": options.preview_vae}
+    how = {name: options[name] for name in ("device", "dtype", "preview_vae", "controlnet", *LOADING)}
     policy = load_policy(options.model, lora=options.lora, student=options.student, **how)
     if options.lora_scale != 1:
         set_scale(policy, options.lora_scale)
-    how = {name: options[name] for name in ("steps", "budget", "guidance", "seed", "size", "batch")}
+    prompts = _controlled(policy, prompts, options)
+    names = ("steps", "budget", "guidance", "seed", "size", "image", "strength", "batch")
+    how = {name: options[name] for name in names}
     how |= {"kernel": built.kernel, "rewards": [built.reward, *(built.panel or ())], "progress": True}
     how["particles"] = options.particles or (PARTICLES if options.budget is None else None)
     if built.compare:
         return compare_steerings(policy, prompts, [method.bind(built.reward) for method in built.compare], **how)
     return steer(policy, prompts, built.steering.bind(built.reward), plain=options.plain, **how)
+
+
+def _controlled(policy: Policy, prompts: list[Prompt], options: Namespace) -> list[Prompt]:
+    """The prompts, each with a picture for the ControlNet if there is one."""
+    if not isinstance(policy, UNetPolicy) or not policy.controlled:
+        if options.control is not None or options.control_scale != 1:
+            raise ValueError("--control and --control_scale need a ControlNet: pass --controlnet")
+        return prompts
+    policy.conditioning_scale = options.control_scale
+    if options.control is None:
+        return prompts
+    file = Media(options.control, Path(options.control).expanduser())
+    picture = fitted(load_rgb(file), options.size or policy.size)
+    return [p if "control" in p.meta else replace(p, meta={**p.meta, "control": picture}) for p in prompts]
 
 
 def _summary(result: Steered, out: Path) -> None:
