@@ -65,7 +65,7 @@ class Flux(FlowPolicy):
         places = {"device": x.device, "dtype": torch.float32}
         output = self.network(
             hidden_states=self.pack(x),
-            timestep=at.t.float().to(x.device).expand(rows) / 1000,
+            timestep=at.t.to(x.device, x.dtype).expand(rows) / 1000,  # rounded as the pipeline rounds it
             guidance=scale,
             txt_ids=torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, **places),
             img_ids=self.pipe._prepare_latent_image_ids(rows, height // 2, width // 2, **places),

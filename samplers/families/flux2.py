@@ -5,7 +5,8 @@ autoencoder carries as a batch norm. Dev reads Mistral 3 after a system message 
 negative branch. Klein reads Qwen 3: distilled it makes samples in 4 Euler steps without guidance, base has both branches.
 Texts are padded to 512 tokens and the padding is read too, as the networks were trained.
 
-The levels' shift is the pipeline's own fit in tokens and steps. Deviations: images as conditions and rewritten prompts
+The levels' shift is the pipeline's own fit in tokens and steps. The usual targets of a LoRA are layers of the double blocks; in the
+single ones, most of the network, the layer is `to_qkv_mlp_proj`. Deviations: images as conditions and rewritten prompts
 (`caption_upsample_temperature`) are left out.
 
 Source: black-forest-labs/flux2.
@@ -62,7 +63,7 @@ class Flux2(FlowPolicy):
         text = cond.positive["encoder_hidden_states"].to(x)
         output = self.network(
             hidden_states=self.pipe._pack_latents(x),
-            timestep=at.t.float().to(x.device).expand(len(x)) / 1000,
+            timestep=at.t.to(x.device, x.dtype).expand(len(x)) / 1000,  # rounded as the pipeline rounds it
             guidance=torch.full((len(x),), cond.guidance, device=x.device) if self.embeds_guidance else None,
             encoder_hidden_states=text,
             txt_ids=self.pipe._prepare_text_ids(text[:1]).to(x.device),

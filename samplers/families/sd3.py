@@ -30,6 +30,7 @@ __all__ = ["StableDiffusion3"]
 class StableDiffusion3(FlowPolicy):
     """Any `StableDiffusion3Pipeline`."""
 
+    spares = ("text_encoder", "text_encoder_2", "text_encoder_3")
     max_sequence_length = 256
     sided = False
 

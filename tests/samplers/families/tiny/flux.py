@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import torch
 
-from tests.samplers.families.parts import autoencoder, clip, stirred, t5
+from tests.samplers.families.parts import autoencoder, clip, stirred, t5, unhurried
 
 
 def build(guidance_embeds: bool = True, growing: bool = True, **network) -> diffusers.FluxPipeline:
@@ -34,7 +34,7 @@ def build(guidance_embeds: bool = True, growing: bool = True, **network) -> diff
         tokenizer=tokenizer,
         text_encoder_2=encoder_2,
         tokenizer_2=tokenizer_2,
-        transformer=stirred(transformer),
+        transformer=unhurried(stirred(transformer)),
     )
 
 

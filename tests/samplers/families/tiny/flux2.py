@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import torch
 
-from tests.samplers.families.parts import dialogue_tokenizer, spelt, stirred
+from tests.samplers.families.parts import dialogue_tokenizer, spelt, stirred, unhurried
 
 MARKS = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
 MARKS += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
@@ -101,7 +101,7 @@ def build(klein: bool = False, **config):
         vae=vae,
         text_encoder=stirred(text_encoder),
         tokenizer=tokenizer,
-        transformer=stirred(transformer),
+        transformer=unhurried(stirred(transformer)),
         **config,
     )
 
