@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from align import load_policy
+from rewards import Prompt
+from samplers import ODE, SeededNoise, rollout
 from samplers.families.sd3 import StableDiffusion3
-from tests.samplers.families.compare import PROMPTS, compare
+from tests.samplers.families.compare import PROMPTS, agree, compare
 from tests.samplers.families.tiny.sd3 import VARIANTS, build
 
 
@@ -68,3 +70,16 @@ def test_sizes_end_with_the_places_the_network_knows():
     assert policy.shape((48, 8)) == (4, 24, 4)
     with pytest.raises(ValueError, match=r"12 places a side, 48 pixels; got size \(52, 8\)"):
         policy.shape((52, 8))
+
+
+def test_the_embedded_flow_equals_its_pipeline():
+    policy = load_policy("tiny-flow", device="cpu")
+    noise, guidance = SeededNoise([0, 1], policy.shape(policy.size)), 3.0
+    prompts = [Prompt("a red circle left of a blue square", negative="a star"), Prompt("three green stars")]
+    cond, levels = policy.encode(prompts).with_guidance(guidance), policy.levels(policy.steps)
+    ours = rollout(policy, ODE(), cond, levels, noise).x0
+    policy.pipe.set_progress_bar_config(disable=True)
+    asked = policy.published(prompts, guidance, policy.steps, policy.size, noise(0))
+    agree(ours, policy.pipe(**asked, output_type="latent").images)
+    images = policy.pipe(**asked, output_type="pt").images
+    torch.testing.assert_close(policy.decode(ours), images, rtol=0, atol=1e-4)
