@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from samplers import Policy
 
+from .places import check_trainable
+
 __all__ = ["Lora", "add_lora", "digest", "load_lora", "merge", "prepare_trainable", "save_adapter", "set_scale"]
 
 logger = logging.getLogger("kilter")
@@ -59,6 +61,7 @@ def prepare_trainable(policy: Policy, lora: Lora | None, seed: int) -> None:
     Raises:
         ValueError: LoRA targets that match nothing, or half-precision weights to train.
     """
+    check_trainable(policy, whole=lora is None and not policy.trainable and not _layers(policy))
     if layers := _layers(policy):  # continue an adapter; its beginning is the reference
         _tell_what_is_continued(policy, layers[0].active_adapters[0], lora)
         for name, parameter in policy.network.named_parameters():
@@ -112,7 +115,7 @@ def add_lora(policy: Policy, lora: Lora, seed: int) -> None:
     for name, parameter in policy.network.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(policy.device, torch.float32)
 
 
 def load_lora(pipe: Any, lora: str | Path) -> None:

@@ -10,6 +10,7 @@ import copy
 import difflib
 import inspect
 import re
+from typing import Literal, Optional
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -18,10 +19,22 @@ from samplers import Kernel, Steering, Value
 
 from .learning import Head, Loss
 from .objectives import Objective
+from .places import Offload, Quantize
 from .sources import Source
 
-__all__ = ["BAD_INPUT", "COMPONENTS", "FAILED", "INTERRUPTED", "Parser", "build_parser", "concrete"]
+__all__ = [
+    "BAD_INPUT",
+    "COMPONENTS",
+    "FAILED",
+    "INTERRUPTED",
+    "LOADING",
+    "Parser",
+    "add_loading",
+    "build_parser",
+    "concrete",
+]
 
+LOADING = ("like", "variant", "quantize", "quantize_text", "device_map", "offload", "compile")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 
 COMPONENTS = {
@@ -73,6 +86,21 @@ class Parser(ArgumentParser):
         ]
         fields = [o.rpartition(".")[2] for o in options]
         return {*options, *fields, *(cls.__name__ for cls in classes), *arguments, *prefixed}
+
+
+def add_loading(options: Parser) -> None:
+    """The options named in `LOADING`: how `load_policy` reads a model and keeps it."""
+    options.add_argument("--like", type=Optional[str], help="whose configuration a model in one .safetensors file has")
+    options.add_argument("--variant", type=Optional[str], help="of the files of weights, such as fp16")
+    options.add_argument(
+        "--quantize", type=Optional[Quantize], help="bits of the network's frozen weights, under a LoRA"
+    )
+    options.add_argument("--quantize_text", type=bool, default=False, help="quantise the text encoders too")
+    options.add_argument("--device_map", type=Optional[str], help="balanced: spread the networks over the GPUs")
+    options.add_argument("--offload", type=Optional[Offload], help="weights wait on the CPU; training needs group")
+    options.add_argument(
+        "--compile", type=bool | Literal["regional"], default=False, help="compile the network, or its repeated block"
+    )
 
 
 def concrete(base: type) -> list[type]:

@@ -68,7 +68,7 @@ class Trainer:
     def __init__(
         self, policy: Policy, objective: Objective, source: Source, config: TrainConfig, *, resumed: bool = False
     ) -> None:
-        self.world = World(cpu=all(p.device.type == "cpu" for p in policy.parameters()))
+        self.world = World(cpu=all(p.device.type == "cpu" for p in (policy, *policy.parameters())))
         self.policy, self.config = policy, config
         self.reward = reward = optimised_reward(objective, source)
         self.objective, self.source = objective.bind(reward), source.bind(reward)

@@ -11,6 +11,7 @@ from . import checkpoints, sharding
 from .config import FREE_TO_CHANGE, NAMES, TrainConfig
 from .description import describe, differences
 from .loading import load_policy
+from .parsing import LOADING
 from .reports import TrainResult
 from .trainer import Trainer
 from .world import World
@@ -18,7 +19,7 @@ from .world import World
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-__all__ = ["make_trainer", "train"]
+__all__ = ["make_trainer", "read_yaml", "train"]
 
 
 def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResult:
@@ -43,7 +44,7 @@ def train(config: str | Path | Mapping[str, Any], **overrides: Any) -> TrainResu
     if not isinstance(config, Mapping):
         if not Path(config).is_file():
             raise FileNotFoundError(f"no configuration file {config}")
-        config = _yaml(Path(config))
+        config = read_yaml(Path(config))
     given = {**config, **overrides}
     try:
         return make_trainer(parser, lambda defaults: parser.parse_object(given, defaults=defaults)).fit()
@@ -68,7 +69,8 @@ def make_trainer(parser: Any, parse: Callable[[bool], Namespace]) -> Trainer:
     World(cpu=options.device == "cpu")  # chooses this process's device before anything is loaded
     built = parser.instantiate(options)
     config = TrainConfig(**{name: built[name] for name in NAMES})
-    how = {"device": options.device, "dtype": options.dtype, "waiting": sharding.asked()}
+    how: dict[str, Any] = {name: options[name] for name in ("device", "dtype", *LOADING)}
+    how["waiting"] = sharding.asked()
     policy = load_policy(options.model, lora=options.adapter, student=options.student, **how)
     return Trainer(policy, built.objective.bind(built.reward), built.source.bind(built.reward), config)
 
@@ -96,7 +98,12 @@ def _resumed(parser: Any, options: Namespace, said: set[str]) -> Trainer:
     return Trainer.resume(options.resume, **changes)
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a configuration file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     import yaml
 
     try:

@@ -15,7 +15,7 @@ from .. import feedback  # noqa: F401 (its sources can be named)
 from ..config import TrainConfig
 from ..loading import EMBEDDED, Student
 from ..objectives import Objective
-from ..parsing import FAILED, INTERRUPTED, Parser
+from ..parsing import FAILED, INTERRUPTED, Parser, add_loading
 from ..sources import Source
 
 HELP = "change the weights by a reward or by preferences"
@@ -35,6 +35,7 @@ def parser() -> Parser:
     options.add_argument(
         "--dtype", type=Optional[Literal["float32", "float16", "bfloat16"]], help="of the frozen weights"
     )
+    add_loading(options)
     options.add_argument("--reward", type=Optional[Reward], help="what to optimise; data needs none")
     options.add_argument("--objective", type=Objective, help="how a batch becomes a loss")
     options.add_argument("--source", type=Source, help="where batches come from")

@@ -15,7 +15,7 @@ from rewards import Reward
 from samplers import Kernel
 
 from ..loading import EMBEDDED
-from ..parsing import Parser
+from ..parsing import LOADING, Parser, add_loading
 from ..results import number
 from ..values import ValueConfig, train_value
 
@@ -33,6 +33,7 @@ def parser() -> Parser:
     options.add_argument("--lora", type=Optional[str], help="LoRA weights: folder, file or hub id")
     options.add_argument("--device", type=Optional[str], help="cpu, cuda, cuda:1, mps, …")
     options.add_argument("--dtype", type=Optional[Literal["float32", "float16", "bfloat16"]], help="of the networks")
+    add_loading(options)
     options.add_argument("--reward", type=Optional[Reward], help="what to foretell")
     options.add_argument(
         "--preferences",
@@ -59,7 +60,8 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
 
     built = parser.instantiate(parsed)["train-value"]
     config = ValueConfig(**{f.name: built[f.name] for f in fields(ValueConfig)})
-    policy = load_policy(options.model, lora=options.lora, device=options.device, dtype=options.dtype)
+    how = {name: options[name] for name in ("lora", "device", "dtype", *LOADING)}
+    policy = load_policy(options.model, **how)
     learned = train_value(
         policy,
         built.reward,
