@@ -49,6 +49,7 @@ class LatentPolicy(Policy):
         schedulers: names of the scheduler classes a folder of this family may hold.
         contrasts: whether there is an unconditional branch, that is, classifier-free guidance.
         sided: whether the unconditional branch may embed a text otherwise than the other does.
+        spares: parts whose folder may be absent; the policy then does without them.
         multiple: what the sides of an image must be multiples of, in pixels.
         max_sequence_length: tokens the text is padded or cut to, where the pipeline has a choice.
 
@@ -57,6 +58,7 @@ class LatentPolicy(Policy):
     """
 
     schedulers: ClassVar[tuple[str, ...]]
+    spares: ClassVar[tuple[str, ...]] = ()
     contrasts: bool = True
     sided: bool = True
     multiple: int = 8
@@ -139,7 +141,7 @@ class LatentPolicy(Policy):
 
     @torch.no_grad()
     def encode_media(self, media: Tensor) -> Tensor:
-        pixels = (2 * media - 1).to(self.device, self.vae.dtype)
+        pixels = (2 * media - 1).to(self.runs_on or self.vae.device, self.vae.dtype)
         modes = [self.encoded(part) for part in pixels.split(self.decode_chunk)]
         return self.scaled(at_least_float32(torch.cat(modes)))
 
@@ -157,7 +159,7 @@ class LatentPolicy(Policy):
         return x0 / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
 
     def _decode(self, vae: Any, x0: Tensor) -> Tensor:
-        latents = self.unscaled(x0.to(vae.dtype), vae.config)
+        latents = self.unscaled(x0.to(self.runs_on or vae.device, vae.dtype), vae.config)
         images = self.in_chunks(lambda part: vae.decode(part, return_dict=False)[0], latents)
         return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
 
