@@ -30,6 +30,7 @@ from .learning import FitConfig, LearnedReward, adapt_reward, train_reward
 from .loading import load_policy
 from .memory import Memory
 from .objectives import Objective
+from .planning.plan import Plan, plan
 from .reports import TrainResult
 from .results import Sample, Steered
 from .scoring import ScoredSet, score, score_rows, score_set
@@ -44,9 +45,9 @@ from .windows import Window
 
 __all__ = [
     "Batch", "Captions", "Comparison", "FitConfig", "LearnedReward", "LearnedValue", "Likes", "Lora", "Memory", "Noised",
-    "Objective", "Paths", "Preferences", "Prompts", "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered",
+    "Objective", "Paths", "Plan", "Preferences", "Prompts", "Rollouts", "Sample", "ScoredSet", "Source", "Starts", "Steered",
     "Steps", "TrainConfig", "TrainResult", "Trainer", "ValueConfig", "Verdicts", "Versus", "Window", "adapt_reward",
-    "append_feedback", "best_of_n", "compare_rewards", "compare_steerings", "eval_reward", "load_policy", "read_feedback",
+    "append_feedback", "best_of_n", "compare_rewards", "compare_steerings", "eval_reward", "load_policy", "plan", "read_feedback",
     "row_seed", "sample_pairs", "score", "score_rows", "score_set", "steer", "train", "train_reward", "train_value",
     "validate", "write_feedback",
 ]  # fmt: skip

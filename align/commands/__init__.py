@@ -1,6 +1,6 @@
 """The sub-commands of `kilter`, one module each: `HELP`, `parser()` and `run(parser, parsed, options) -> exit code`."""
 
-from . import check_reward, compare_rewards, eval_reward, score, steer, train, train_reward, train_value
+from . import check_reward, compare_rewards, eval_reward, plan, score, steer, train, train_reward, train_value
 from . import list as listing
 
 COMMANDS = {
@@ -12,5 +12,6 @@ COMMANDS = {
     "check-reward": check_reward,
     "compare-rewards": compare_rewards,
     "eval-reward": eval_reward,
+    "plan": plan,
     "list": listing,
 }

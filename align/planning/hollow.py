@@ -45,9 +45,9 @@ def _part(model: str | Path, name: str, library: str | None, kind: str | None, *
     """A network without weights, or a tokenizer or scheduler as it is; None where the pipeline has none."""
     if library is None or kind is None:
         return None
-    cls = getattr(import_module(library), kind)
+    cls: Any = getattr(import_module(library), kind)
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(model), "subfolder": name}
-    if not issubclass(cls, nn.Module):
+    if nn.Module not in cls.__mro__:
         return cls.from_pretrained(**where)
     if library == "diffusers":
         config = cls.load_config(**where)

@@ -118,7 +118,9 @@ class Phantom(LiveBytes):
         def again(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            key = tuple((tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None for t in tree_leaves((args, kwargs)))
+            key = tuple(
+                (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None for t in tree_leaves((args, kwargs))
+            )
             if key not in known:
                 before, peak, self.peak = self.now, self.peak, self.now
                 out = forward(*args, **kwargs)
@@ -237,7 +239,9 @@ class Phantom(LiveBytes):
             return BOTH[name](bool(of(one)), bool(of(other)))
         if name in ("logical_not", "bitwise_not"):
             return not of(one)
-        known = next((t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype is torch.bool and t.is_meta), None)
+        known = next(
+            (t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype is torch.bool and t.is_meta), None
+        )
         return known is not None and self._true(known)
 
 

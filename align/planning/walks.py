@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,7 +89,8 @@ def steering_walk(policy: Policy, prompts: Sequence[Prompt], steering: Steering,
     run, _ = prepared(policy, prompts, steering, gold=None, **how)
     few = _few(steering, run.levels.steps)
     walks = [
-        _steered(policy, prompts, steering, target, few + more, how) for more in range(1 + (graph and run.levels.steps > few))
+        _steered(policy, prompts, steering, target, few + more, how)
+        for more in range(1 + (graph and run.levels.steps > few))
     ]
     return walks[0] if len(walks) == 1 else walks[0].at(run.levels.steps - few, walks[1])
 
@@ -128,9 +129,7 @@ def training_walk(policy: Policy, objective: Objective, source: Source, config: 
     """
     if not isinstance(objective, Backprop) or (reach := objective.reach(config.steps or policy.steps)) <= SHORT + 1:
         return _trained(policy, objective, source, config, target)
-    short, longer = (
-        _trained(policy, objective.reaching(k), source, config, target) for k in (SHORT, SHORT + 1)
-    )
+    short, longer = (_trained(policy, objective.reaching(k), source, config, target) for k in (SHORT, SHORT + 1))
     return short.at(reach - SHORT, longer)
 
 
@@ -176,18 +175,18 @@ def _trained(policy: Policy, objective: Objective, source: Source, config: Train
 
 
 def _stepped(stepper: Stepper, objective: Objective, policy: Policy, batch: Any) -> None:
-    """The first micro-batches of an update, then the optimiser's step on as many."""
+    """An update of few micro-batches, which makes the optimiser's state; then the first micro-batches of a whole one."""
+    many = MICRO_BATCHES * max(1, stepper.config.micro_batch // batch.members)
+    stepper.step(objective, policy, batch.take(torch.arange(min(many, batch.items))), 0, lambda: None)
     looks = iter(range(MICRO_BATCHES))
 
     def look() -> None:
         if next(looks, None) is None:
             raise _Enough
 
-    try:
-        stepper.step(objective, policy, batch, 0, look)
-    except _Enough:
-        many = MICRO_BATCHES * max(1, stepper.config.micro_batch // batch.members)
-        stepper.step(objective, policy, batch.take(torch.arange(min(many, batch.items))), 0, lambda: None)
+    with suppress(_Enough):
+        stepper.step(objective, policy, batch, 1, look)
+    stepper.optimizer.zero_grad()
 
 
 def _as_there(stepper: Stepper, target: Target) -> None:
@@ -202,7 +201,11 @@ def _walking(policy: Policy, parts: Sequence[Any], target: Target) -> Iterator[P
     """A phantom that knows the policy's parts and the rewards, which are moved to where there are no data."""
     phantom = Phantom(target)
     calls: dict[str, Any] = {"text": (policy, "encode"), "network": (policy, "output")}
-    calls |= {"decoder": (policy, "decode"), "decoder__preview": (policy, "preview"), "encoder": (policy, "encode_media")}
+    calls |= {
+        "decoder": (policy, "decode"),
+        "decoder__preview": (policy, "preview"),
+        "encoder": (policy, "encode_media"),
+    }
     judges = _judges(list(parts))
     for judge in judges:
         judge.to("meta")
@@ -216,8 +219,6 @@ def _walking(policy: Policy, parts: Sequence[Any], target: Target) -> Iterator[P
 
 @contextmanager
 def _all(contexts: Sequence[Any]) -> Iterator[None]:
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
@@ -238,7 +239,11 @@ def _weights(policy: Policy, parts: Sequence[Any], target: Target) -> dict[str, 
     seen: set[int] = set()
     judges = [("reward", judge) for judge in _judges(list(parts))]
     for name, module in [*policy.named_children(), *judges]:
-        part = "text encoders" if name.startswith("text_encoder") else {"vae": "decoder", "preview_vae": "decoder"}.get(name, name)
+        part = (
+            "text encoders"
+            if name.startswith("text_encoder")
+            else {"vae": "decoder", "preview_vae": "decoder"}.get(name, name)
+        )
         for tensor in (*module.parameters(), *module.buffers()):
             storage = tensor.untyped_storage()
             if storage._cdata not in seen:
