@@ -164,7 +164,7 @@ def test_a_tree_grows_from_there():
     many = 150
     cond = replace(POLICY.encode(["a"] * many), begin=BEGIN[:1].expand(many, 1))
     noise = SeededNoise(range(many), (1,), dtype=torch.float64)
-    tree = TreeSampling(Linear(), beta=float("inf"), rounds=4)
+    tree = TreeSampling(Linear(), beta=float("inf"), rounds=6, width=0.6)
     found = run(Problem(POLICY, DDIM(1.0), cond, LEVELS, noise), tree)
     mean, var = from_latents(-2.0)
     assert abs(z_score(found.x0.flatten(), mean)) < 4
