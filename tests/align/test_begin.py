@@ -38,10 +38,12 @@ from samplers import (
 )
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
+from samplers.families.sd3 import StableDiffusion3
 from samplers.families.sdxl import StableDiffusionXL
 from samplers.outer import Problem
 from tests.conftest import Faint, Linear, build_pipeline, z_score
 from tests.oracles import ddim_coefficients, gaussian_chain, gaussian_continuation
+from tests.samplers.families.tiny.sd3 import build as build_sd3
 from tests.samplers.families.tiny.sdxl import build as build_xl
 
 PROMPTS = [Prompt("a cat", negative="a blurry thing"), Prompt("two dogs", negative="bad")]
@@ -50,25 +52,34 @@ SCHEDULERS = {
     "DDIM": lambda: diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
     "Euler": lambda: diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
 }
+CASES = [(kind, name, strength) for kind in ("SD", "SDXL") for name in SCHEDULERS for strength in (0.3, 0.65, 1.0)]
+CASES += [("SD3", "", strength) for strength in (0.25, 1.0)]
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.65, 1.0])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("xl", [False, True], ids=["SD", "SDXL"])
-def test_a_run_from_a_picture_is_that_of_the_image_to_image_pipeline(xl, scheduler, strength, tmp_path, monkeypatch):
-    kind = diffusers.StableDiffusionXLImg2ImgPipeline if xl else diffusers.StableDiffusionImg2ImgPipeline
-    pipe = build_xl(SCHEDULERS[scheduler]()) if xl else build_pipeline(tmp_path)
+def pipelines(kind, scheduler, folder):
+    """A policy, and the image-to-image pipeline of the same parts."""
+    if kind == "SD3":
+        pipe = build_sd3()
+        return StableDiffusion3(pipe), diffusers.StableDiffusion3Img2ImgPipeline(**pipe.components)
+    pipe = build_xl() if kind == "SDXL" else build_pipeline(folder)
     pipe.scheduler = SCHEDULERS[scheduler]()
-    policy = (StableDiffusionXL if xl else StableDiffusion)(pipe)
+    if kind == "SDXL":
+        return StableDiffusionXL(pipe), diffusers.StableDiffusionXLImg2ImgPipeline(**pipe.components)
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    return StableDiffusion(pipe), other
+
+
+@pytest.mark.parametrize(("kind", "scheduler", "strength"), CASES)
+def test_a_run_from_a_picture_is_that_of_the_image_to_image_pipeline(kind, scheduler, strength, tmp_path, monkeypatch):
+    policy, pipe = pipelines(kind, scheduler, tmp_path)
     media = torch.rand(3, *policy.size, generator=torch.Generator().manual_seed(0))
-    noise, levels = SeededNoise([3, 4], policy.shape(policy.size)), policy.levels(8)
+    noise, levels = SeededNoise([3, 4], policy.shape(policy.size)), policy.levels(8, policy.size)
     begin = beginning(policy, media, policy.size).repeat(2, 1, 1, 1)
     cond = replace(policy.encode(PROMPTS).with_guidance(5.0), begin=begin)
     ours = rollout(policy, ODE(), cond, levels[left_out(8, strength) :], noise).x0
-    theirs = kind(**pipe.components) if xl else kind(**pipe.components, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(sys.modules[kind.__module__], "randn_tensor", lambda *args, **kwargs: noise(0))
-    expected = theirs(
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(sys.modules[type(pipe).__module__], "randn_tensor", lambda *args, **kwargs: noise(0))
+    theirs = pipe(
         [p.text for p in PROMPTS],
         negative_prompt=[p.negative for p in PROMPTS],
         image=begin,  # latents, where its own are drawn
@@ -76,8 +87,9 @@ def test_a_run_from_a_picture_is_that_of_the_image_to_image_pipeline(xl, schedul
         num_inference_steps=8,
         guidance_scale=5.0,
         output_type="latent",
+        **({"height": policy.size[0], "width": policy.size[1]} if kind == "SD3" else {}),
     ).images
-    assert float((ours - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
 
 
 @pytest.fixture(scope="module")
