@@ -1,12 +1,12 @@
 """Sana: a linear transformer over the latents of a deep-compression autoencoder; and Sana-Sprint, its few-step student.
 
-A prompt follows an instruction that asks the language model to enrich it (the pipeline's own, 2410.10629 §2.4), a negative
-prompt does not. Sprint is a continuous-time consistency model in trigonometric time: x = cos(t)·x0 + sin(t)·σ_d·z. Divided by
+A prompt follows an instruction that asks the language model to enrich it (the pipeline's own), a negative prompt does
+not. Sprint is a continuous-time consistency model in trigonometric time: x = cos(t)·x0 + sin(t)·σ_d·z. Divided by
 σ_d that is the variance-preserving frame with α = cos t, σ = sin t and a v prediction; its network was a flow's, so x is
 brought to the flow's line at s = sin t/(sin t + cos t) before, and the velocity back after. Sampling is `Consistency`.
 
-The first level of Sprint is its pipeline's 1.5708, a hair beyond π/2, where α is −4e-6. Deviations: texts are not cleaned
-(`clean_caption`, off by default there too), an image has the size that was asked for (no `use_resolution_binning`).
+The first level of Sprint is its pipeline's 1.5708, a hair beyond π/2, where α is −4e-6. Deviation: an image has the size that
+was asked for (no `use_resolution_binning`).
 
 Sources: Sana, 2410.10629; Sana-Sprint, 2503.09641; TrigFlow, 2410.11081; deep-compression autoencoder, 2410.10733.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..kernels import Consistency, Kernel
 from ..latents import FlowPolicy
 from ..levels import Levels, at_least_float32, spread
-from ..policy import Cond, Policy
+from ..policy import Cond, Policy, Size
 
 __all__ = ["Sana", "SanaSprint"]
 
@@ -61,7 +61,7 @@ class Sana(FlowPolicy):
         )
         return {"encoder_hidden_states": tokens[0], "encoder_attention_mask": mask[0]}
 
-    def levels(self, steps: int, size=()) -> Levels:
+    def levels(self, steps: int, size: Size = ()) -> Levels:
         if not self.solver:
             return super().levels(steps, size)
         self._steps_within(steps)
@@ -103,7 +103,7 @@ class SanaSprint(Sana):
     def kernel(self) -> Kernel:
         return Consistency()
 
-    def levels(self, steps: int, size=()) -> Levels:
+    def levels(self, steps: int, size: Size = ()) -> Levels:
         self._steps_within(steps)
         schedule = self._schedule()
         schedule.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
