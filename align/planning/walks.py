@@ -100,7 +100,8 @@ def _steered(
 ) -> Walk:
     run, prompts = prepared(policy, prompts, steering, gold=None, **how)
     run.levels, run.kernel = _thinned(run.levels, run.kernel, steps)
-    run.check(prompts[0])
+    with _walking(policy, [], target):  # language models look at the masks of their texts
+        run.check(prompts[0])
     weights = _weights(policy, [steering, *run.panel.values()], target)
     prompts = prompts[: max(1, run.batch // run.particles)]
     iterates: list[Any] = []
