@@ -38,7 +38,9 @@ def hollow_pipeline(model: str | Path, index: Mapping[str, Any], dtype: torch.dt
         parts[name] = entry
         if isinstance(entry, (list, tuple)):
             parts[name] = _part(model, name, *entry, dtype=dtype)
-    return pipeline(**parts)
+    made = pipeline(**parts)
+    made.register_to_config(_name_or_path=str(model))
+    return made
 
 
 def _part(model: str | Path, name: str, library: str | None, kind: str | None, *, dtype: torch.dtype) -> Any:
