@@ -71,11 +71,10 @@ class QwenImage(FlowPolicy):
         return asked | {"true_cfg_scale": guidance}
 
     def predict(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
-        x, t = x.to(self.dtype), at.t.float().to(x.device).expand(len(x))
-        size = x.shape[2:]
+        x, size = x.to(self.dtype), x.shape[2:]
         tokens = self.network(
             hidden_states=self.pack(x),
-            timestep=t / 1000,
+            timestep=at.t.to(x.device, x.dtype).expand(len(x)) / 1000,  # rounded as the pipeline rounds it
             encoder_hidden_states=cond.positive["encoder_hidden_states"].to(x),
             encoder_hidden_states_mask=cond.positive["encoder_hidden_states_mask"],
             img_shapes=[[(1, size[0] // 2, size[1] // 2)]] * len(x),
