@@ -42,13 +42,14 @@ class Memory:
             ValueError: xformers is asked for and not installed, or the network cannot do what is asked.
         """
         policy.checkpointing, policy.decode_chunk = self.checkpointing, self.decode_chunk
-        if hasattr(policy.network, "enable_gradient_checkpointing"):
-            switch = "enable" if self.checkpointing == "block" else "disable"
-            getattr(policy.network, f"{switch}_gradient_checkpointing")()
-        elif self.checkpointing == "block":
+        block = self.checkpointing == "block"
+        if block and not hasattr(policy.network, "enable_gradient_checkpointing"):
             raise ValueError(
                 f"{type(policy.network).__name__} cannot recompute its blocks: use checkpointing 'step' or 'none'"
             )
+        for part in (policy.network, getattr(policy, "controlnet", None)):
+            if hasattr(part, "enable_gradient_checkpointing"):
+                getattr(part, "enable_gradient_checkpointing" if block else "disable_gradient_checkpointing")()
         if self.attention == "xformers":
             try:
                 policy.network.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]

@@ -18,12 +18,13 @@ from torchvision.transforms.functional import to_pil_image
 from align import load_policy, steer
 from align.cli import main
 from align.description import build_policy, describe_policy
+from align.memory import Memory
 from rewards import Prompt
 from samplers import ODE, BestOfN, SeededNoise, rollout
 from samplers.families.sd import StableDiffusion
 from samplers.families.sdxl import StableDiffusionXL
 from samplers.unets import control_images
-from tests.conftest import Faint
+from tests.conftest import Faint, saved_bytes
 from tests.samplers.families.compare import agree
 from tests.samplers.families.tiny.sdxl import build, build_controlled_sd
 
@@ -106,6 +107,21 @@ def test_gradients_pass_through_the_controlnet(built):
     with torch.no_grad():
         expected = (value(x + 1e-5 * way) - value(x - 1e-5 * way)) / 2e-5
     torch.testing.assert_close((slope * way).sum(), expected, rtol=1e-5, atol=0)
+
+
+def test_both_networks_recompute_their_blocks(built):
+    policy, slopes, held = built[1], [], []
+    x = torch.randn(1, *policy.shape(policy.size), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    cond, at = policy.encode(shown(policy.size, 1)), policy.levels(3)[1]
+    for checkpointing in ("none", "block"):
+        Memory(checkpointing=checkpointing).apply(policy)
+        assert policy.controlnet.is_gradient_checkpointing == (checkpointing == "block")
+        with saved_bytes() as kept:
+            value = policy.denoise(x, at, cond).x0.square().mean()
+        held.append(sum(kept))
+        slopes += torch.autograd.grad(value, x)
+    torch.testing.assert_close(slopes[0], slopes[1])
+    assert held[1] < 0.6 * held[0]
 
 
 def test_a_controlnet_by_itself_joins_a_plain_model(built, tmp_path):
