@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from samplers import Policy
 
-from .places import check_trainable
+from .places import check_trainable, gathered
 
 __all__ = ["Lora", "add_lora", "digest", "load_lora", "merge", "prepare_trainable", "save_adapter", "set_scale"]
 
@@ -106,7 +106,7 @@ def add_lora(policy: Policy, lora: Lora, seed: int) -> None:
         target_modules=list(lora.targets),
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), gathered(policy):
         torch.default_generator.manual_seed(seed)  # not those of accelerators, which are not forked
         if hasattr(policy.network, "add_adapter"):
             policy.network.add_adapter(config)  # pyright: ignore

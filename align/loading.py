@@ -69,12 +69,12 @@ def load_policy(
             `meta["control"]`. Whole pipelines with a ControlNet need nothing said.
         like: the folder or hub id whose configuration a checkpoint in one file takes; recognised by its tensors if not said.
         variant: of the files of weights, such as "fp16"; guessed where a folder's network has no other.
-        quantize: bits of the network's frozen linear layers, under a LoRA of float32: "int8", "fp8" (torchao), "nf4"
-            (bitsandbytes, on a GPU), or "int4" (torchao, on a GPU, no LoRA). Needs the extra `quant`.
+        quantize: bits of the network's frozen linear layers, under a LoRA of float32: "int8", "fp8" (torchao) or "nf4"
+            (bitsandbytes, on a GPU). Needs the extra `quant`.
         quantize_text: the same for the text encoders.
         device_map: "balanced" spreads the networks over the GPUs.
         offload: weights wait on the CPU: "group" brings a layer at a time, "model" a network, "sequential" a layer, slower.
-            Gradients pass through all three, by recomputing; training works with "group" alone. See `align.places`.
+            No gradient passes through "group"; training works with "sequential" alone. See `align.places`.
         compile: compiles the network with `torch.compile`, in place; "regional" its repeated block, once.
         device: where to run; a GPU (CUDA, then Apple's) if there is one. On "meta" no weights are read: see `align.planning`.
         dtype: of the networks, as a torch dtype or its name; float32 on the CPU, elsewhere float16, or bfloat16 if quantised.

@@ -97,7 +97,7 @@ def add_loading(options: Parser) -> None:
     )
     options.add_argument("--quantize_text", type=bool, default=False, help="quantise the text encoders too")
     options.add_argument("--device_map", type=Optional[str], help="balanced: spread the networks over the GPUs")
-    options.add_argument("--offload", type=Optional[Offload], help="weights wait on the CPU; training needs group")
+    options.add_argument("--offload", type=Optional[Offload], help="weights wait on the CPU; training needs sequential")
     options.add_argument(
         "--compile", type=bool | Literal["regional"], default=False, help="compile the network, or its repeated block"
     )

@@ -2,19 +2,20 @@
 
 **Quantised** (`quantize`): the linear layers of the denoising network keep few bits, by diffusers' own configurations, and are
 frozen. A LoRA over them is float32 (QLoRA, 2305.14314). "int8" and "fp8" are torchao's weight-only types, on the CPU too; "nf4"
-is bitsandbytes' and "int4" torchao's, which need a GPU. No LoRA goes over "int4".
+is bitsandbytes', on a GPU. (torchao's int4 is left out: peft puts no LoRA over it.)
 
-**Offloaded** (`offload`): weights wait on the CPU and come to the GPU to compute. "group" brings them a layer at a time, ahead of
-their use where the device has streams; "model" a network at a time; "sequential" a layer at a time, slower, by accelerate. What
-autograd has kept of a weight is gone or elsewhere when the backward pass comes, so wherever a gradient is wanted, network calls
-and decoding are recomputed there, which brings the weights again: steering by gradients works with all three. Training works
-with "group" alone: its adapter stays on the GPU, where the two others carry it along in the middle of a backward pass. With
-`checkpointing: block` the recomputed weights are held a block at a time, else all at once.
+**Offloaded** (`offload`): weights wait on the CPU and come to the GPU to compute, by the hooks of diffusers and accelerate.
+"group" brings a layer at a time, ahead of its use; "model" a network at a time; "sequential" a layer at a time when it is used.
+What autograd has kept of a weight may be gone when the backward pass comes, so wherever a gradient is wanted, network calls and
+decoding are recomputed there, which brings the weights again. That works where a layer's weights are new tensors every time
+("sequential") or stay until another network's turn ("model"), and not with "group", which moves the data of one tensor to and
+fro: autograd would find it on the CPU. A model is trained with "sequential" alone: its adapter stays on the GPU, where "model"
+carries it along in the middle of a backward pass.
 
 **Several devices** (`device_map`): whole networks are spread by diffusers, as "balanced" does.
 
 **Compiled** (`compile`): in place, so names in `state_dict` and adapters stay. "regional" compiles the network's repeated block
-once. Compiled with and without gradient are two programs, whose outputs may differ in the last bits.
+once.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from torch import nn
 
 from samplers import Policy
 
-__all__ = ["Offload", "Placement", "Quantize", "check_trainable"]
+__all__ = ["Offload", "Placement", "Quantize", "check_trainable", "gathered", "offload"]
 
-Quantize = Literal["int8", "int4", "nf4", "fp8"]
+Quantize = Literal["int8", "nf4", "fp8"]
 Offload = Literal["model", "group", "sequential"]
-PACKAGES = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes", "fp8": "torchao"}
+PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "fp8": "torchao"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Placement:
             raise ValueError(f"offload={self.offload!r} brings weights from the CPU to a GPU, and this runs on the CPU")
         if self.quantize is None:
             return
-        if self.quantize in ("nf4", "int4") and device.type == "cpu":
+        if self.quantize == "nf4" and device.type == "cpu":
             raise ValueError(f"quantize={self.quantize!r} needs a GPU; on the CPU there are int8 and fp8")
         package = PACKAGES[self.quantize]
         if importlib.util.find_spec(package) is None:
@@ -122,9 +123,8 @@ class Placement:
                 bnb_4bit_use_double_quant=True,
             )
         types: Any = importlib.import_module("torchao.quantization")
-        kinds = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig", "int4": "Int4WeightOnlyConfig"}
-        packing = {"int4_packing_format": "tile_packed_to_4d"} if self.quantize == "int4" else {}  # torch's own kernel
-        return module.TorchAoConfig(getattr(types, kinds[str(self.quantize)])(**packing))
+        kinds = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
+        return module.TorchAoConfig(getattr(types, kinds[str(self.quantize)])())
 
     def settle(self, policy: Policy, device: torch.device) -> None:
         """Installs offloading and compiles; the pipeline is loaded, and on its devices where nothing is offloaded."""
@@ -142,26 +142,37 @@ class Placement:
 
 def offload(policy: Policy, how: Offload, device: torch.device) -> None:
     """Lets the networks of a policy wait on the CPU and compute on `device`."""
+    from diffusers.hooks import apply_group_offloading
+
     pipe: Any = policy.pipe
     policy.runs_on = device
     if how == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif how == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
+        with _without_adapters(policy.network):
+            pipe.enable_sequential_cpu_offload(device=device)
+        for _, _, adapter in _adapters(policy.network):
+            adapter.to(device)
     else:
-        from diffusers.hooks import apply_group_offloading
-
         for part in (p for p in pipe.components.values() if isinstance(p, nn.Module)):
             ahead = (
                 part is policy.network and device.type == "cuda"
             )  # in the order of its calls, which `forward` begins
-            with _without_adapters(part):
-                apply_group_offloading(part, device, offload_type="leaf_level", use_stream=ahead)
-    for layer in _adapted(policy.network) if how == "group" else ():
-        for name in layer.adapter_layer_names:
-            getattr(layer, name).to(device)
+            apply_group_offloading(part, device, offload_type="leaf_level", use_stream=ahead)
     if policy.preview_vae is not None:  # pyright: ignore[reportAttributeAccessIssue]
         policy.preview_vae.to(device)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def gathered(policy: Policy) -> Iterator[None]:
+    """Weights that sequential offloading took from the network back in it, so that an adapter can be put on it."""
+    apart = policy.loaded_with.get("offload") == "sequential"
+    if apart:
+        policy.pipe.remove_all_hooks()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    yield
+    if apart:
+        assert policy.runs_on is not None
+        offload(policy, "sequential", policy.runs_on)
 
 
 def check_trainable(policy: Policy, whole: bool) -> None:
@@ -174,38 +185,37 @@ def check_trainable(policy: Policy, whole: bool) -> None:
         ValueError: so it is.
     """
     how = policy.loaded_with
-    if how.get("offload") in ("model", "sequential"):
+    if how.get("offload") == "model":
         raise ValueError(
-            f"offload={how['offload']!r} moves weights in the middle of a backward pass, those being trained too: "
-            "use offload='group', or quantize"
+            "offload='model' moves weights in the middle of a backward pass, those being trained too: use offload='sequential', "
+            "or quantize"
         )
+    if how.get("offload") == "group":
+        raise ValueError("no gradient passes through offload='group': use offload='sequential', or quantize")
     if how.get("offload") and whole:
         raise ValueError(
             "all weights are to be trained, but offload keeps them on the CPU: train a LoRA (lora: {rank: 8})"
         )
     if how.get("quantize") and whole:
         raise ValueError(f"weights in {how['quantize']} are frozen: train a LoRA over them (lora: {{rank: 8}})")
-    if how.get("quantize") == "int4":
-        raise ValueError("no LoRA goes over int4 weights: use quantize='nf4' or 'int8'")
 
 
-def _adapted(network: nn.Module) -> list[Any]:
+def _adapters(network: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The modules that adapters put beside layers: (adapted layer, name, module)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    return [(la, n, la._modules[n]) for la in layers for n in la.adapter_layer_names if la._modules.get(n) is not None]  # pyright: ignore
 
 
 @contextmanager
 def _without_adapters(network: nn.Module) -> Iterator[None]:
-    """The network with its adapters' own layers out of sight: what is trained does not move."""
-    hidden = [
-        (layer, name, layer._modules.pop(name))
-        for layer in _adapted(network)
-        for name in layer.adapter_layer_names
-        if name in layer._modules
-    ]
+    """The network with its adapters out of sight: what is trained does not move."""
+    hidden = _adapters(network)
     try:
+        for layer, name, _ in hidden:
+            del layer._modules[name]
         yield
     finally:
-        for layer, name, module in hidden:
-            layer._modules[name] = module
+        for layer, name, adapter in hidden:
+            layer._modules[name] = adapter

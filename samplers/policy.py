@@ -236,6 +236,8 @@ class Policy(Configurable, nn.Module, ABC):
     def output(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
         """What the network predicts, guidance applied; in the backward pass each part of a split batch is recomputed."""
         moving = torch.is_grad_enabled() and self.runs_on is not None
+        if moving and x.requires_grad and self.loaded_with.get("offload") == "group":
+            raise ValueError("no gradient passes through offload='group': use offload='model' or 'sequential', or quantize")
         most = len(x) if self.rows_at_once is None else self.rows_at_once
         if len(x) <= most and not moving:
             return self._output(x, at, cond)
