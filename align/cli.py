@@ -55,7 +55,13 @@ def _named(argv: Sequence[str]) -> list[str]:
         argv = ["Auto" if pair == ("--steering", "auto") else pair[1] for pair in said]
         argv = [re.sub(r"^--steering=auto$", "--steering=Auto", word) for word in argv]
     option = (
-        {"train": "--config", "check-reward": "--reward", "train-reward": "--preferences", "plan": "--of"}.get(argv[0])
+        {
+            "train": "--config",
+            "check-model": "--model",
+            "check-reward": "--reward",
+            "train-reward": "--preferences",
+            "plan": "--of",
+        }.get(argv[0])
         if argv
         else None
     )
