@@ -5,7 +5,8 @@ reference counts of Python, not by a formula of ours. Each storage is counted fr
 to it, under the part that made it (network, decoder, reward …), and the highest sum of every phase is kept.
 
 Where the run asks for a number, every number is about one half: a comparison has the answer that it has for halves, so that
-nothing is NaN, nothing is infinite and everything lies in [0, 1]. A network called again without a graph on equal shapes holds what
+nothing is NaN, nothing is infinite and everything lies in [0, 1]. Only what follows from integers alone, such as the masks that
+say how long texts are, is known and kept beside the tensor. A network called again without a graph on equal shapes holds what
 it held the first time, and is not walked again.
 """
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..footprint import LiveBytes
 from .targets import Attention, Target
@@ -32,6 +34,7 @@ COMPARE = {name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "e
 BOTH = {"logical_and": operator.and_, "bitwise_and": operator.and_, "mul": operator.and_, "logical_or": operator.or_}
 BOTH["bitwise_or"] = operator.or_
 HALF = 0.5
+KNOWN = WeakTensorKeyDictionary()  # the values of tensors without data, where they follow from integers
 
 
 @dataclass
@@ -185,7 +188,9 @@ class Phantom(LiveBytes):
         kwargs = kwargs or {}
         first = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta), None)
         if first is None:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            _learn(func, args, kwargs, out)
+            return out
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense":
             return self._value(first)
@@ -194,34 +199,46 @@ class Phantom(LiveBytes):
         if name == "copy_" and not args[0].is_meta:
             return args[0].copy_(self._numbers(first, args[0].dtype).expand_as(args[0]))
         if name == "nonzero":
-            return first.new_empty(first.numel() if self._true(first) else 0, first.ndim, dtype=torch.long)
+            return first.new_empty(self._count_of(first), first.ndim, dtype=torch.long)
         if name in ("index", "index_put", "index_put_"):
-            args = (args[0], [self._places(i) for i in args[1]], *args[2:])
+            args = (args[0], [place for i in args[1] for place in self._places(i)], *args[2:])
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        _learn(func, args, kwargs, out)
         if isinstance(out, Tensor) and out.is_meta and out.dtype is torch.bool:
-            self._truth[out.untyped_storage()._cdata] = self._holds(name, args)
+            self._truth[out.untyped_storage()._cdata] = (
+                bool(KNOWN[out].all()) if out in KNOWN else self._holds(name, args)
+            )
         return out
 
     def _value(self, asked: Tensor) -> bool | float | int:
+        if asked in KNOWN and asked.numel() == 1:
+            return KNOWN[asked].item()
         if asked.dtype is torch.bool:
             return self._true(asked)
         return HALF if asked.is_floating_point() else 0
 
     def _numbers(self, asked: Tensor, dtype: torch.dtype) -> Tensor:
         """Tensors on the CPU for those that a run looks at: numbers about a half, no two the same."""
+        if asked in KNOWN:
+            return KNOWN[asked].clone().to(dtype)
         if asked.dtype is torch.bool:
             return torch.full(asked.shape, self._true(asked)).to(dtype)
         if not asked.is_floating_point():
             return torch.zeros(asked.shape, dtype=dtype)
         return torch.linspace(HALF - 0.1, HALF + 0.1, asked.numel()).reshape(asked.shape).to(dtype)
 
-    def _places(self, index: Tensor | None) -> Tensor | None:
-        """A mask as an index of all rows, or of none."""
+    def _places(self, index: Tensor | None) -> list[Tensor | None]:
+        """A mask as an index an axis, of the rows that it has, or of all or none; what is no mask as it is."""
         if index is None or index.dtype is not torch.bool:
-            return index
+            return [index]
         where = index if index.is_meta else index.to("meta")
-        count = index.numel() if self._true(where) else 0
-        return where.new_empty(count, dtype=torch.long)
+        return [where.new_empty(self._count_of(where), dtype=torch.long) for _ in range(index.ndim)]
+
+    def _count_of(self, asked: Tensor) -> int:
+        """How many elements are not zero."""
+        if asked in KNOWN:
+            return int(KNOWN[asked].count_nonzero())
+        return asked.numel() if self._true(asked) else 0
 
     def _true(self, asked: Tensor) -> bool:
         return self._truth.get(asked.untyped_storage()._cdata, False)
@@ -243,6 +260,17 @@ class Phantom(LiveBytes):
             (t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype is torch.bool and t.is_meta), None
         )
         return known is not None and self._true(known)
+
+
+def _learn(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    """Makes a result known if it is of integers or truths and follows from nothing else."""
+    whole = isinstance(out, Tensor) and out.is_meta and not (out.is_floating_point() or out.is_complex())
+    if not whole or torch.Tag.nondeterministic_seeded in func.tags:
+        return
+    KNOWN.pop(out, None)
+    if all(not t.is_meta or t in KNOWN for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+        args, kwargs = tree_map(lambda v: KNOWN[v] if isinstance(v, Tensor) and v.is_meta else v, (args, kwargs))
+        KNOWN[out] = func(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
 
 
 def _outline(value: Any) -> Any:

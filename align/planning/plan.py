@@ -3,7 +3,7 @@
 Peaks are found by walking the run itself on tensors without data (`align.planning`). Where a run does not fit, settings are
 changed in order of what they cost: the decoder takes fewer samples at a time, then the sampler, then the optimiser's micro-batch
 (the result stays the same), activations are recomputed (slower), gradients reach back fewer steps (another method), the frozen
-weights become half precision. Only changes that lower the peak are kept, each as mild as it may be.
+weights become half precision. Changes are added until the run fits; then each is taken back, or made as mild as it may be.
 """
 
 from __future__ import annotations
@@ -161,17 +161,17 @@ def _planned(run: _Run, target: Target, seen: Callable[[str], None]) -> Plan:
     plan = Plan(run.what, run.model, target, first, notes=tuple(run.notes))
     if plan.fits:
         return plan
-    settings, ladders = {}, list(run.ladders())
+    settings: Settings = {}
+    ladders = list(run.ladders())
     for name, rungs in ladders:
-        now, last = walked(settings), {**settings, name: rungs[-1]}
-        if now.peak <= target.room:
+        settings[name] = rungs[-1]
+        if walked(settings).peak <= target.room:
             break
-        if walked(last).peak < now.peak:
-            settings = last
-    for name, rungs in ladders:  # each as mild as it may be, the dearest first
-        if name in settings and walked(settings).peak <= target.room:
-            milder = ({**settings, name: rung} for rung in rungs)
-            settings = next(one for one in milder if walked(one).peak <= target.room)
+    enough = max(target.room, walked(settings).peak)
+    for name, rungs in ladders[::-1]:  # each as mild as it may be, the dearest first
+        if name in settings:
+            milder = [{k: v for k, v in settings.items() if k != name}, *({**settings, name: rung} for rung in rungs)]
+            settings = next(one for one in milder if walked(one).peak <= enough)
     return replace(plan, settings=settings, fitting=walked(settings))
 
 

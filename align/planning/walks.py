@@ -1,8 +1,9 @@
 """What steering and training hold, phase by phase: their own code, walked by a `Phantom`.
 
-Only what repeats is left out. A training update is walked for three micro-batches and its optimiser step for two. Steering walks
-few levels, those of every kind that it treats differently. What grows with the length of a graph over several steps (noise
-optimisation, backpropagation through many steps) is walked for two short lengths: it is a straight line from there on.
+Only what repeats is left out. A training update is walked for its first micro-batches, after an optimiser step for one.
+Steering walks few levels, those of every kind that it treats differently. What grows with the length of a graph over several
+steps (noise optimisation, backpropagation through many steps) is walked for two short lengths: it is a straight line from
+there on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .targets import Target
 
 __all__ = ["Walk", "steering_walk", "training_walk"]
 
-SHORT = 3  # steps of a graph from which on it grows evenly
+SHORT = 2  # steps of a graph from which on it grows evenly
 FEW = 12  # levels of a rollout without gradients, which show all its kinds of steps
 MICRO_BATCHES = 2  # from the second on gradients are there already
 
@@ -176,8 +177,8 @@ def _trained(policy: Policy, objective: Objective, source: Source, config: Train
 
 
 def _stepped(stepper: Stepper, objective: Objective, policy: Policy, batch: Any) -> None:
-    """An update of few micro-batches, which makes the optimiser's state; then the first micro-batches of a whole one."""
-    many = MICRO_BATCHES * max(1, stepper.config.micro_batch // batch.members)
+    """An update of one micro-batch, which makes the optimiser's state; then the first micro-batches of a whole one."""
+    many = max(1, stepper.config.micro_batch // batch.members)
     stepper.step(objective, policy, batch.take(torch.arange(min(many, batch.items))), 0, lambda: None)
     looks = iter(range(MICRO_BATCHES))
 
