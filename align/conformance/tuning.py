@@ -104,7 +104,8 @@ def saved_adapter(trial: Trial) -> str:
 def recomputing(trial: Trial) -> str:
     """Recomputing steps or blocks in the backward pass changes no gradient, and what is kept stays flat in the number of steps.
 
-    The network draws randomness or keeps state between calls; or its `enable_gradient_checkpointing` does nothing in eval mode.
+    The network draws randomness, keeps state between calls, or loses arguments where it recomputes its blocks. If only 'block' is
+    wrong, train with checkpointing 'step'.
     """
     policy, chunk = trial.policy, trial.policy.decode_chunk
     before: Checkpointing = policy.checkpointing
