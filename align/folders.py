@@ -168,27 +168,33 @@ def check_scheduler(family: Any, config: Mapping[str, Any], model: str | Path, s
         )
 
 
-def variant_of(model: str | Path) -> str | None:
-    """The variant of a folder whose networks come in half precision alone: "fp16" or "bf16"."""
+def variant_of(model: str | Path, asked: str | None = None) -> str | None:
+    """The variant of a folder's networks: the one asked for, else "fp16" or "bf16" where there is no other.
+
+    Raises:
+        FileNotFoundError: the folder has no such variant.
+    """
     files = [file.name for part in NETWORKS for file in Path(model).glob(f"{part}/*")]
     weights = [name for name in files if name.endswith(WEIGHTS)]
-    return next((v for v in ("fp16", "bf16") if weights and all(f".{v}." in name for name in weights)), None)
+    if asked and weights and not any(f".{asked}." in name for name in weights):
+        raise FileNotFoundError(f"{model} has no variant {asked!r}; its networks are in {', '.join(sorted(weights))}")
+    return asked or next((v for v in ("fp16", "bf16") if weights and all(f".{v}." in name for name in weights)), None)
 
 
 def check_weights(model: str | Path, pipe: Any, variant: str | None) -> None:
-    """Raises if the files of a text encoder lack weights, which its library would replace by random ones.
+    """Raises if files lack weights, which stay empty, or are drawn at random in text encoders.
 
-    Names of weights change between versions, so shapes are counted: every tensor of the encoder must have one in the files.
+    Names of weights change between versions, so for these shapes are counted: every tensor must have one in the files.
 
     Raises:
         FileNotFoundError: weights are missing.
     """
-    for name, part in pipe.components.items():
-        if (
-            not name.startswith("text_encoder")
-            or not isinstance(part, nn.Module)
-            or getattr(part, "is_quantized", False)
-        ):
+    for name, part in ((n, p) for n, p in pipe.components.items() if isinstance(p, nn.Module)):
+        if empty := [n for n, p in part.named_parameters() if p.is_meta]:
+            raise FileNotFoundError(
+                f"{model} is incomplete: {name}/ lacks {len(empty)} weights, such as {empty[0]}. Download it again"
+            )
+        if not name.startswith("text_encoder") or getattr(part, "is_quantized", False):
             continue  # the shapes of quantised weights are others
         files = [f for f in (Path(model) / name).glob("*.safetensors") if (f".{variant}." in f.name) == bool(variant)]
         found = shapes(files)

@@ -110,7 +110,7 @@ def load_policy(
     device = usable(device or best_device())
     places.check(device, waiting)
     dtype = _dtype(dtype) or _best_dtype(device, quantize)
-    given = {"variant": variant or variant_of(model), "dtype": dtype}
+    given = {"variant": variant_of(model, variant), "dtype": dtype}
     pipe = _pipeline(model, config, like, device, controlnet, places, **given)
     whole = all_weights(lora)
     with _quiet():
@@ -159,8 +159,8 @@ def _pipeline(
             return single_pipeline(model, str(like), config, dtype, given)
         how = places.reading(config, dtype)
         pipe = kind.from_pretrained(model, dtype=dtype, variant=variant, **given, **how)
-        check_weights(model, pipe, variant)
-        return pipe
+    check_weights(model, pipe, variant)
+    return pipe
 
 
 def _placed(family: Any, pipe: Any, tiny: Any, places: Placement, device: torch.device, waiting: bool) -> Policy:

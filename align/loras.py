@@ -77,6 +77,8 @@ def _read(pipe: Any, lora: str | Path, part: str) -> dict[str, Tensor]:
 
 def _check(weights: Mapping[str, Tensor], network: nn.Module, lora: str | Path, pipeline: str, part: str) -> None:
     """Raises unless every layer that the file adapts is one of the network's, as wide."""
+    if not any("lora" in name or "lokr" in name for name in weights):
+        raise ValueError(f"{lora} holds no LoRA: its tensors are named such as {next(iter(weights))!r}")
     modules = dict(network.named_modules())
     layers = {name.split(".lora_A")[0]: w for name, w in weights.items() if ".lora_A" in name}
     own = {n: w for n, w in layers.items() if not n.startswith(("text_encoder", "text_model"))}
@@ -102,9 +104,8 @@ def _width(module: nn.Module | None) -> int | None:
 
 def _family(layers: Mapping[str, Tensor]) -> str:
     """The family that names and widths of layers look like, or ""."""
-    for name, w in layers.items():
-        if ("down_blocks" in name or "up_blocks" in name or "mid_block" in name) and "attn2.to_k" in name:
-            return WIDTHS.get(w.shape[1], "")
+    if any("down_blocks" in n or "up_blocks" in n or "mid_block" in n for n in layers):  # a UNet, as wide as its text
+        return next((WIDTHS.get(w.shape[1], "") for n, w in layers.items() if "attn2.to_k" in n), "")
     return next((family for family, marks in MARKS.items() if any(m in n for n in layers for m in marks)), "")
 
 

@@ -15,6 +15,8 @@ import torch
 
 from .folders import shapes
 
+UNKNOWN = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # what diffusers says of a file it does not know
+
 __all__ = ["is_single_file", "single_config", "single_pipeline"]
 
 
@@ -57,9 +59,12 @@ def _recognised(file: Path) -> str:
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes([file]).items()}
-    found = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
-    whole = any(name.startswith(("model.diffusion_model.", "double_blocks.")) for name in tensors)
-    if "stable-diffusion-v1-5" in found and not whole:  # also what diffusers says of a file it does not know
+    try:
+        found = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+    except (KeyError, IndexError):  # tensors of other shapes than it knows
+        found = UNKNOWN
+    whole = any(name.startswith("model.diffusion_model.") for name in tensors)
+    if found == UNKNOWN and not whole:
         raise ValueError(
             f"{file} is not recognised as a checkpoint: its tensors are named such as {next(iter(tensors), 'nothing')!r}. A LoRA "
             "goes to lora=, a model in the diffusers layout is a folder; else say whose layout it has with like="

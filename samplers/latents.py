@@ -28,7 +28,9 @@ from rewards.base import Prompt, as_prompts
 
 from .kernels import DDIM, ODE, Consistency, Kernel
 from .levels import Levels, at_least_float32
+from .overflow import check_output
 from .policy import Cond, Policy, Size, joined
+from .tokens import told_of_cuts
 
 __all__ = ["FlowPolicy", "LatentPolicy", "VPPolicy"]
 
@@ -95,7 +97,9 @@ class LatentPolicy(Policy):
         negative = negative and self.sided
         for text in dict.fromkeys(texts):
             if (text, negative) not in self._embeddings:
-                self._embeddings[text, negative] = self.embed(text, negative)
+                with told_of_cuts(self.pipe, text):
+                    self._embeddings[text, negative] = self.embed(text, negative)
+                check_output("text encoder", *self._embeddings[text, negative].values())
         rows = [self._embeddings[text, negative] for text in texts]
         held = sum(v.numel() * v.element_size() for row in self._embeddings.values() for v in row.values())
         while held > REMEMBERED and self._embeddings:
@@ -161,6 +165,7 @@ class LatentPolicy(Policy):
     def _decode(self, vae: Any, x0: Tensor) -> Tensor:
         latents = self.unscaled(x0.to(self.runs_on or vae.device, vae.dtype), vae.config)
         images = self.in_chunks(lambda part: vae.decode(part, return_dict=False)[0], latents)
+        check_output(type(vae).__name__, images)
         return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
 
     def _steps_within(self, steps: int) -> int:

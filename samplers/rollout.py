@@ -21,6 +21,7 @@ from .kernels import Kernel
 from .ledger import Ledger
 from .levels import Clean, Levels, diffuse, to_clean
 from .noise import Noise, SeededNoise
+from .overflow import check_network
 from .policy import Cond, Policy
 from .steering import FREE, Context, RewardFailed, Steering
 from .transitions import Transition
@@ -238,6 +239,8 @@ def rollout(
 def _step(ctx: Context, x: Tensor, i: int, building: bool, select: bool = True) -> tuple[Transition, Transition]:
     """The laws of the next state, the steering's and the kernel's own."""
     clean, x = _denoise(ctx, x, ctx.levels[i], building, guided=ctx.differentiates(i))
+    if i == 0:
+        check_network(ctx.policy, clean, x, ctx.levels[i], ctx.cond)
     ctx.enter(i, x, clean)
     if select and (ancestors := ctx.steering.select(ctx)) is not None:
         ctx.take(ancestors)
