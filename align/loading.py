@@ -156,9 +156,10 @@ def _pipeline(
         if device.type == "meta":
             return hollow_pipeline(like or model, config, dtype, given)
         if like is not None:
-            return single_pipeline(model, str(like), config, dtype, given)
-        how = places.reading(config, dtype)
-        pipe = kind.from_pretrained(model, dtype=dtype, variant=variant, **given, **how)
+            pipe = single_pipeline(model, str(like), config, dtype, given)
+        else:
+            how = places.reading(config, dtype)
+            pipe = kind.from_pretrained(model, dtype=dtype, variant=variant, **given, **how)
     check_weights(model, pipe, variant)
     return pipe
 

@@ -49,7 +49,7 @@ def single_config(file: str | Path, like: str | Path | None) -> tuple[Mapping[st
     except OSError as error:
         raise FileNotFoundError(
             f"{file} takes the configuration of {like}, which is no folder here and which the hub could not give: pass "
-            "like= a folder with that model's model_index.json, configs and tokenizers (its weights are not needed)"
+            "like= a folder with that model's model_index.json, configs, tokenizers, and the weights of parts the file lacks"
         ) from error
     return config, like
 
