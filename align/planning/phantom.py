@@ -264,13 +264,14 @@ class Phantom(LiveBytes):
 
 def _learn(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
     """Makes a result known if it is of integers or truths and follows from nothing else."""
-    whole = isinstance(out, Tensor) and out.is_meta and not (out.is_floating_point() or out.is_complex())
-    if not whole or torch.Tag.nondeterministic_seeded in func.tags:
+    if not isinstance(out, Tensor) or not out.is_meta or out.is_floating_point() or out.is_complex():
         return
-    KNOWN.pop(out, None)
-    if all(not t.is_meta or t in KNOWN for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
-        args, kwargs = tree_map(lambda v: KNOWN[v] if isinstance(v, Tensor) and v.is_meta else v, (args, kwargs))
-        KNOWN[out] = func(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
+    unknown = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta and t not in KNOWN]
+    if unknown or torch.Tag.nondeterministic_seeded in func.tags:
+        KNOWN.pop(out, None)
+        return
+    args, kwargs = tree_map(lambda v: KNOWN[v] if isinstance(v, Tensor) and v.is_meta else v, (args, kwargs))
+    KNOWN[out] = func(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
 
 
 def _outline(value: Any) -> Any:

@@ -129,4 +129,4 @@ def _additive(mask: Tensor, query: Tensor) -> Tensor:
     """A mask as numbers to add."""
     if mask.dtype is not torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    return torch.where(mask, query.new_zeros(()), -torch.inf)
