@@ -214,7 +214,7 @@ def predicted(case: dict[str, Any], target: Target) -> dict[str, Any]:
     return {
         "predicted": walk.peak,
         "phase": walk.phase,
-        "weights": walk.weights,
+        "weights": walk.weights.bytes,
         "phases": phases,
         "walked": time.perf_counter() - began,
     }

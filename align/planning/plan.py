@@ -1,9 +1,10 @@
 """`align.plan`: what a run will hold in memory, whether that fits, and what to change so that it does.
 
 Peaks are found by walking the run itself on tensors without data (`align.planning`). Where a run does not fit, settings are
-changed in order of what they cost: the decoder takes fewer samples at a time, then the sampler, then the optimiser's micro-batch
-(the result stays the same), activations are recomputed (slower), gradients reach back fewer steps (another method), the frozen
-weights become half precision. Changes are added until the run fits; then each is taken back, or made as mild as it may be.
+changed in order of what they cost: the decoder takes fewer samples at a time, then the sampler, then the optimiser's
+micro-batch (the result stays the same), activations are recomputed (slower), gradients reach back fewer steps (another
+method), the frozen weights become half precision, wait on the CPU, have fewer bits. Changes are added until the run fits; then
+each is taken back, or made as mild as it may be.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..config import NAMES, TrainConfig
 from ..loading import load_policy
 from ..memory import Memory
 from ..objectives import Backprop
+from ..parsing import LOADING
 from ..prompts import read_prompts, world_prompts
 from .targets import Target
 from .walks import Walk, steering_walk, training_walk
@@ -98,8 +100,8 @@ class Plan:
         def told(walk: Walk | None) -> dict[str, Any] | None:
             if walk is None:
                 return None
-            phases = {name: {"total": moment.total, "parts": moment.parts} for name, moment in walk.phases.items()}
-            return {"peak": walk.peak, "phase": walk.phase, "weights": walk.weights, "phases": phases}
+            phases = {name: {"total": walk.held(name), "parts": moment.parts} for name, moment in walk.phases.items()}
+            return {"peak": walk.peak, "phase": walk.phase, "weights": walk.weights.bytes, "phases": phases}
 
         room = None if self.target.room == float("inf") else self.target.room
         asked = {"what": self.what, "model": self.model, "gpu": self.target.name, "room": room, "fits": self.fits}
@@ -180,6 +182,7 @@ class _Run:
 
     what: str
     model: str
+    options: Any
 
     def __init__(self, target: Target) -> None:
         self.target, self.notes = target, []
@@ -192,16 +195,25 @@ class _Run:
         """Settings that may be changed, in order of what it costs, with their values from mild to strong."""
         raise NotImplementedError
 
-    def policy(self, options: Any, dtype: str | None) -> Policy:
+    def policy(self, options: Any, settings: Settings) -> Policy:
         """The model without weights."""
-        dtype = str(dtype or options.dtype or ("float16" if self.target.cuda else "float32"))
-        if dtype not in self._policies:
-            self._policies[dtype] = load_policy(options.model, student=options.student, device="meta", dtype=dtype)
-        return self._policies[dtype]
+        how = {name: settings.get(name, options[name]) for name in ("dtype", *LOADING)}
+        how["dtype"] = how["dtype"] or ("float16" if self.target.cuda else "float32")
+        if how["quantize"] and not (settings.get("dtype") or options.dtype):
+            how["dtype"] = "bfloat16"
+        if (key := repr(how)) not in self._policies:
+            self._policies[key] = load_policy(options.model, student=options.student, device="meta", **how)
+        return self._policies[key]
 
-    def dtypes(self, options: Any) -> Iterator[tuple[str, list[Any]]]:
+    def lighter(self) -> Iterator[tuple[str, list[Any]]]:
+        """Weights of less precision, or not all there at a time where no backward pass brings them all back."""
+        options = self.options
         if options.dtype == "float32" or (options.dtype is None and not self.target.cuda):
             yield "dtype", ["bfloat16"]
+        if self.target.cuda and not (options.offload or options.quantize or options.device_map):
+            if self.what == "steer":
+                yield "offload", ["model"]
+            yield "quantize", ["int8", "nf4"]
 
     def instantiated(self, parser: Any, options: Any) -> Any:
         """The components; a reward that cannot be made here is left out, and that is said."""
@@ -251,7 +263,7 @@ class _Train(_Run):
             elif inside == "init_args.k":
                 assert isinstance(objective, Backprop)
                 objective = objective.reaching(value)
-        policy = self.policy(self.options, settings.get("dtype"))
+        policy = self.policy(self.options, settings)
         return training_walk(policy, objective, self.source, config, self.target)
 
     def ladders(self) -> Iterator[tuple[str, list[Any]]]:
@@ -264,7 +276,7 @@ class _Train(_Run):
         if isinstance(self.objective, Backprop) and self.objective.truncation == "last":
             yield from _halved("objective.init_args.k", self.objective.k)
         if config.lora is not None:
-            yield from self.dtypes(self.options)
+            yield from self.lighter()
 
 
 class _Steer(_Run):
@@ -287,7 +299,7 @@ class _Steer(_Run):
 
     def walk(self, settings: Settings) -> Walk:
         options, built = self.options, self.built
-        policy = self.policy(options, settings.get("dtype"))
+        policy = self.policy(options, settings)
         how = {name: options[name] for name in ("steps", "guidance", "seed", "size")}
         how |= {"kernel": built.kernel, "rewards": [built.reward, *(built.panel or ())], "particles": self.particles}
         how["batch"] = settings.get("batch", options.batch)
@@ -298,7 +310,7 @@ class _Steer(_Run):
 
     def ladders(self) -> Iterator[tuple[str, list[Any]]]:
         yield from _halved("batch", self.options.batch, self.particles)
-        yield from self.dtypes(self.options)
+        yield from self.lighter()
 
 
 def _put(given: dict[str, Any], name: str, value: Any) -> None:
@@ -331,15 +343,14 @@ def _parsed(parser: Any, given: Mapping[str, Any]) -> Any:
 
 def _rows(walk: Walk) -> list[str]:
     """One line a phase: what is held of each part, in the order in which the run comes to it."""
-    weights = sum(walk.weights.values())
     held = {name: moment for name, moment in walk.phases.items() if moment.total}
     parts = list(dict.fromkeys(part for moment in held.values() for part, size in moment.parts.items() if size > 0))
     width = max(len(name) for name in held)
-    table = [f"weights: {', '.join(f'{part} {_told(size)}' for part, size in walk.weights.items())}", ""]
+    table = [f"weights: {', '.join(f'{part} {_told(size)}' for part, size in walk.weights.bytes.items())}", ""]
     table.append(f"{'':<{width}} {'weights':>9}" + "".join(f" {part:>10}" for part in parts) + f" {'in all':>9}")
     for name, moment in held.items():
         cells = "".join(f" {_told(moment.parts.get(part, 0)):>10}" for part in parts)
-        table.append(f"{name:<{width}} {_told(weights):>9}{cells} {_told(weights + moment.total):>9}")
+        table.append(f"{name:<{width}} {_told(walk.weights.during(name)):>9}{cells} {_told(walk.held(name)):>9}")
     return table
 
 

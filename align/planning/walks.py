@@ -32,6 +32,7 @@ from ..sources import Run, Source
 from ..steering import prepared
 from ..stepper import Stepper
 from ..world import World
+from .kept import Kept, kept
 from .phantom import Moment, Phantom
 from .targets import Target
 
@@ -51,22 +52,26 @@ class Walk:
     """What a run holds.
 
     Attributes:
-        weights: bytes of what is there all along, by part.
+        weights: where they are.
         phases: the highest moment of every phase, besides the weights.
     """
 
-    weights: dict[str, int]
+    weights: Kept
     phases: dict[str, Moment]
+
+    def held(self, phase: str) -> int:
+        """The most bytes in a phase, the weights among them."""
+        return self.weights.during(phase) + self.phases[phase].total
 
     @property
     def peak(self) -> int:
         """The most bytes at any time."""
-        return sum(self.weights.values()) + max(moment.total for moment in self.phases.values())
+        return self.held(self.phase)
 
     @property
     def phase(self) -> str:
         """The phase of the peak."""
-        return max(self.phases, key=lambda name: self.phases[name].total)
+        return max(self.phases, key=self.held)
 
     def at(self, further: int, longer: Walk) -> Walk:
         """The walk `further` steps longer, given the walk one step longer."""
@@ -103,7 +108,7 @@ def _steered(
     run.levels, run.kernel = _thinned(run.levels, run.kernel, steps)
     with _walking(policy, [], target):  # language models look at the masks of their texts
         run.check(prompts[0])
-    weights = _weights(policy, [steering, *run.panel.values()], target)
+    weights = kept(policy, _judges([steering, *run.panel.values()]), target)
     prompts = prompts[: max(1, run.batch // run.particles)]
     iterates: list[Any] = []
 
@@ -149,7 +154,7 @@ def _trained(policy: Policy, objective: Objective, source: Source, config: Train
     prompts = judged_prompts(config.eval_prompts, policy.world, source.prompts_for_evaluation())
     prompts = prompts[: max(1, config.sample_rows // config.eval_samples)]
     evaluate = Evaluator(prompts, config.eval_samples, judges, replace(sampling, shifted=objective.shifts), 0)
-    weights = _weights(policy, [reward, *config.panel], target)
+    weights = kept(policy, _judges([reward, *config.panel]), target)
     with _walking(policy, [reward, *config.panel], target) as phantom:
         with phantom.doing("adapter"):
             prepare_trainable(policy, config.lora, 0)
@@ -233,25 +238,6 @@ def _judges(part: Any) -> list[nn.Module]:
         return [part]
     inside = part if isinstance(part, (list, tuple)) else vars(part).values() if isinstance(part, Steering) else ()
     return list({id(judge): judge for one in inside for judge in _judges(one)}.values())
-
-
-def _weights(policy: Policy, parts: Sequence[Any], target: Target) -> dict[str, int]:
-    """Bytes of the weights, by part; storages that parts share are counted once."""
-    found: dict[str, int] = {}
-    seen: set[int] = set()
-    judges = [("reward", judge) for judge in _judges(list(parts))]
-    for name, module in [*policy.named_children(), *judges]:
-        part = (
-            "text encoders"
-            if name.startswith("text_encoder")
-            else {"vae": "decoder", "preview_vae": "decoder"}.get(name, name)
-        )
-        for tensor in (*module.parameters(), *module.buffers()):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
-                found[part] = found.get(part, 0) + target.rounded(storage.nbytes())
-    return found
 
 
 def _few(steering: Steering, steps: int) -> int:

@@ -12,6 +12,7 @@ from align import Lora, Memory, TrainConfig, Trainer
 from align.cli import main
 from align.footprint import LiveBytes
 from align.objectives import Backprop, PolicyGradient
+from align.planning.kept import Kept, kept
 from align.planning.phantom import Moment, Phantom
 from align.planning.plan import Plan, _halved, _planned, _Run
 from align.planning.targets import GIB, Target
@@ -63,7 +64,7 @@ def test_steering_holds_what_was_foreseen(model, guided):
         align.steer(policy, PROMPTS, steering(reward), gold=None, plain=False, **how)
     hollow = align.load_policy(model, device="meta", dtype="float32")
     walk = steering_walk(hollow, [Prompt(p) for p in PROMPTS], steering(CrossEncoder()), CPU, **how)
-    assert sum(walk.weights.values()) == held
+    assert sum(walk.weights.bytes.values()) == held
     assert within(walk, held + live.peak)
     assert walk.phase == ("steer: backward" if guided else "steer: network")
 
@@ -121,6 +122,27 @@ def test_a_policy_without_weights_has_the_shapes_of_one_with():
     shapes = [{n: (t.shape, t.dtype) for n, t in policy.state_dict().items()} for policy in (real, hollow)]
     assert shapes[0] == shapes[1]
     assert all(t.is_meta for t in hollow.state_dict().values())
+
+
+def test_weights_count_by_their_bits_and_while_they_are_there(tiny_folder):
+    policy = align.load_policy(tiny_folder, device="meta", dtype="bfloat16")
+    whole = kept(policy, [], CPU)
+    linear = [m.weight.numel() for m in policy.network.modules() if isinstance(m, torch.nn.Linear)]
+    policy.loaded_with = {"quantize": "int8"}
+    few = kept(policy, [], CPU)
+    assert whole.bytes["network"] - few.bytes["network"] == sum(linear)
+    assert few.lifted == 2 * max(linear)
+    policy.loaded_with = {"offload": "model"}
+    model = kept(policy, [torch.nn.Linear(10, 10, bias=False)], CPU)
+    assert model.during("steer: network") == 400 + whole.bytes["network"]
+    assert model.during("steer: decoder") == 400 + whole.bytes["decoder"]
+    assert model.during("steer") == 400 + max(whole.bytes.values())
+    policy.loaded_with = {"offload": "sequential"}
+    layers = kept(policy, [], CPU)
+    assert layers.during("steer: network") == 2 * layers.layer["network"] < whole.bytes["network"]
+    assert layers.during("update: backward") == whole.bytes["network"]
+    policy.checkpointing = "block"
+    assert layers.layer["network"] < kept(policy, [], CPU).during("update: backward") < whole.bytes["network"]
 
 
 # Exactness of what is proposed
@@ -258,7 +280,7 @@ class Linear(_Run):
         rows, half = settings.get("rows", 8), settings.get("dtype") == "bfloat16"
         network = rows * (10 if settings.get("mode") == "block" else 40)
         decoder = settings.get("chunk", 8) * 10
-        return Walk({"network": 50 if half else 100}, {"a": Moment(network), "b": Moment(decoder)})
+        return Walk(Kept({"network": 50 if half else 100}), {"a": Moment(network), "b": Moment(decoder)})
 
     def ladders(self):
         yield from _halved("chunk", 8)
@@ -288,7 +310,7 @@ def test_changes_are_the_cheapest_that_fit_each_as_mild_as_it_may_be(room, setti
 
 
 def test_settings_are_pasted_as_they_are_told():
-    walk = Walk({}, {"a": Moment(1)})
+    walk = Walk(Kept(), {"a": Moment(1)})
     found = Plan(
         "train", "m", GPU, walk, {"memory.checkpointing": "block", "memory.decode_chunk": 1, "dtype": "bfloat16"}, walk
     )
@@ -319,9 +341,7 @@ def test_the_command_plans_models_and_configurations(tmp_path, capsys):
     assert main(["plan", str(file), "--gpu", "24GB", "--set", "particles=4", "--json", "--write", str(out)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["what"], found["fits"], found["settings"]) == ("steer", True, {})
-    assert found["asked"]["peak"] == max(
-        sum(found["asked"]["weights"].values()) + phase["total"] for phase in found["asked"]["phases"].values()
-    )
+    assert found["asked"]["peak"] == max(phase["total"] for phase in found["asked"]["phases"].values())
     assert out.read_text() == "# steer\n"
     assert main(["plan", str(file), "--gpu", "601MB"]) == 1
     assert "too few" in capsys.readouterr().out
