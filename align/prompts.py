@@ -14,7 +14,8 @@ WORLDS = Path(__file__).resolve().parent.parent / "assets" / "prompts"
 
 
 def read_prompts(given: Sequence[str]) -> list[Prompt]:
-    """Prompts as given, or from .txt (one a line) and .jsonl files (rows with "prompt", optional "negative", the rest is meta).
+    """Prompts as given, or from .txt (one a line) and .jsonl files (rows with "prompt", optional "negative", the rest is meta;
+    "control" names a picture for a ControlNet, from where the file lies).
 
     Raises:
         ValueError: nothing given, or a row that is not a prompt.
@@ -59,9 +60,10 @@ def _prompt_file(path: Path) -> list[Prompt]:
 def _prompt_row(path: Path, number: int, line: str) -> Prompt:
     try:
         row = json.loads(line)
-        prompt = Prompt(
-            row["prompt"], row.get("negative") or "", {k: v for k, v in row.items() if k not in ("prompt", "negative")}
-        )
+        meta = {k: v for k, v in row.items() if k not in ("prompt", "negative")}
+        if isinstance(meta.get("control"), str):
+            meta["control"] = str(path.parent / Path(meta["control"]).expanduser())
+        prompt = Prompt(row["prompt"], row.get("negative") or "", meta)
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
         prompt = None
     if prompt is None or not isinstance(prompt.text, str) or not isinstance(prompt.negative, str):

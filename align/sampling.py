@@ -13,6 +13,8 @@ from samplers.hypernoise import shifted_noise
 from samplers.noise import mix
 from samplers.rollout import GradWindow, Record, never
 
+from .controls import shown
+
 __all__ = ["Sampling", "SharedStart"]
 
 
@@ -68,7 +70,7 @@ class Sampling:
 
     def cond(self, policy: Policy, prompts: Sequence[Prompt]) -> Cond:
         """One row a prompt, at the run's guidance."""
-        return policy.encode(list(prompts)).with_guidance(self.guidance)
+        return policy.encode(shown(policy, prompts, self.size)).with_guidance(self.guidance)
 
     def noise(self, policy: Policy, seeds: Sequence[int], starts: Sequence[int] | None = None) -> SeededNoise:
         """A stream a row; with `starts`, rows of the same start share their initial latent."""

@@ -40,6 +40,7 @@ from samplers.steering import FREE
 
 from .begin import beginning, left_out
 from .budget import Purse, opened
+from .controls import check_controls, shown
 from .description import describe
 from .footprint import fitting
 from .panel import gold_of, panel_of
@@ -174,6 +175,7 @@ def prepared(
     kernel = kernel or policy.kernel
     pixels: Size = size or policy.size
     shape, levels = policy.shape(pixels), policy.levels(policy.steps if steps is None else steps, pixels)
+    check_controls(policy, prompts, pixels)
     begin = None
     if image is not None:
         skipped = left_out(levels.steps, strength)
@@ -205,19 +207,8 @@ class Run:
         self.particles = asked or self.steering.least
         self.check(prompts[0])
         mine = math.ceil(len(prompts) / (world.size if budget.unit == "s" else 1))
-        cond = self.encode(prompts[:1])
-        how = (
-            self.steering,
-            self.policy,
-            self.kernel,
-            self.levels,
-            cond,
-            self.shape,
-            prompts[:mine],
-            asked,
-            self.batch,
-        )
-        self.purse = opened(budget, *how, show)
+        how = (self.steering, self.policy, self.kernel, self.levels, self.encode(prompts[:1]), self.shape)
+        self.purse = opened(budget, *how, prompts[:mine], asked, self.batch, show)
         self.particles = self.purse.particles()
         self.check(prompts[0])
 
@@ -252,7 +243,7 @@ class Run:
 
     def encode(self, prompts: list[Prompt]) -> Cond:
         """The conditions of prompts, and what they begin from."""
-        cond = self.policy.encode(prompts).with_guidance(self.guidance)
+        cond = self.policy.encode(shown(self.policy, prompts, self.size)).with_guidance(self.guidance)
         return cond if self.begin is None else replace(cond, begin=self.begin.repeat_interleave(len(prompts), 0))
 
     def all(self, result: Steered, prompts: list[Prompt], arms: list, per_chunk: int, tick, world: World) -> None:
