@@ -52,6 +52,7 @@ class LatentPolicy(Policy):
         contrasts: whether there is an unconditional branch, that is, classifier-free guidance.
         sided: whether the unconditional branch may embed a text otherwise than the other does.
         spares: parts whose folder may be absent; the policy then does without them.
+        upcasts: whether an autoencoder that overflows in float16 (`force_upcast`) is kept in float32, and the pipeline's with it.
         multiple: what the sides of an image must be multiples of, in pixels.
         max_sequence_length: tokens the text is padded or cut to, where the pipeline has a choice.
 
@@ -61,6 +62,7 @@ class LatentPolicy(Policy):
 
     schedulers: ClassVar[tuple[str, ...]]
     spares: ClassVar[tuple[str, ...]] = ()
+    upcasts: ClassVar[bool] = False
     contrasts: bool = True
     sided: bool = True
     multiple: int = 8
@@ -77,6 +79,8 @@ class LatentPolicy(Policy):
             if isinstance(part, nn.Module):
                 setattr(self, "network" if name in ("unet", "transformer") else name, part)
         self.pipe, self.scheduler, self.preview_vae = pipe, pipe.scheduler, preview_vae
+        if self.upcasts and self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.to(torch.float32)
         self._embeddings: dict[tuple[str, bool], dict[str, Tensor]] = {}
         self.requires_grad_(False).eval()
 

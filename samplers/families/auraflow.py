@@ -19,7 +19,7 @@ __all__ = ["AuraFlow"]
 class AuraFlow(FlowPolicy):
     """Any `AuraFlowPipeline`."""
 
-    sided = False
+    sided, upcasts = False, True
     max_sequence_length = 256
 
     def __init__(self, pipe, preview_vae=None) -> None:

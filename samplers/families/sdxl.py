@@ -3,7 +3,6 @@
 The network hears the pooled text and six numbers beside it: the size of the original and of the target, here both that of the
 image, and where it was cut out, (0, 0). An empty negative prompt is a branch of zeros where the model's configuration says so
 (`force_zeros_for_empty_prompt`), for each sample by itself; its pipeline does so only where no sample has a negative prompt.
-An autoencoder that overflows in float16 (`force_upcast`) is kept in float32, and the pipeline's with it.
 
 Deviations: both encoders read the same prompt; guidance is not rescaled (off by default there too); the EDM schedulers of
 Playground 2.5 are not supported, latents with a mean and a standard deviation are.
@@ -28,10 +27,10 @@ __all__ = ["StableDiffusionXL"]
 class StableDiffusionXL(UNetPolicy):
     """Any `StableDiffusionXLPipeline` or `StableDiffusionXLControlNetPipeline`."""
 
+    upcasts = True
+
     def __init__(self, pipe, preview_vae=None) -> None:
         super().__init__(pipe, preview_vae)
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            self.vae.to(torch.float32)
         self.guidance, self.steps = (8.0 if self.embeds_guidance else 1.0, 4) if self.few_step else (5.0, 50)
 
     def embed(self, text: str, negative: bool) -> dict[str, Tensor]:

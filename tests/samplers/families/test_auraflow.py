@@ -51,3 +51,14 @@ def test_a_size_beyond_the_learned_places_is_refused():
     assert policy.shape((32, 16)) == (4, 16, 8)
     with pytest.raises(ValueError, match=r"paints up to 32 × 32 pixels; got \(16, 36\)"):
         policy.shape((16, 36))
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_is_kept_in_float32():
+    """As the pipeline does when it decodes: its network was trained with the autoencoder of Stable Diffusion XL."""
+    pipe = build().to(torch.float16)
+    assert pipe.vae.config.force_upcast
+    policy = AuraFlow(pipe)
+    assert (policy.dtype, policy.vae.dtype) == (torch.float16, torch.float32)
+    exact = AuraFlow(build())
+    x0 = torch.randn(1, *policy.shape((16, 16)), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(policy.decode(x0.half()), exact.decode(x0), rtol=0, atol=5e-3)
