@@ -4,8 +4,8 @@ Guidance is the pipeline's true guidance: the guided velocity of every patch is 
 guidance. An empty negative prompt is read as " ", as the model card has it: the pipeline guides only where one is given. The
 autoencoder is one of videos; an image is its only frame.
 
-Deviation: networks that take the guidance scale as an input are refused. None is published, and diffusers' own network cannot
-be called with one.
+Deviations: a text may have the 1024 tokens at which the tokenizer cuts, where the pipeline would cut it to 512 without a word.
+Networks that take the guidance scale as an input are refused: none is published, and diffusers' own cannot be called with one.
 
 Source: 2508.02324.
 """
@@ -35,7 +35,7 @@ class QwenImage(FlowPolicy):
     """
 
     even = True
-    max_sequence_length = 512
+    max_sequence_length = 1024
 
     def __init__(self, pipe, preview_vae=None) -> None:
         super().__init__(pipe, preview_vae)

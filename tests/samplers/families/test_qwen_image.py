@@ -101,6 +101,13 @@ def test_the_instruction_is_not_among_the_conditions(pipe):
     assert real.shape == (1, len(pipe.tokenizer(template).input_ids) - 34) and bool(real.all())
 
 
+def test_long_texts_are_heard_to_their_end(pipe):
+    long = "cat " * 300
+    ids = pipe.tokenizer(pipe.prompt_template_encode.format(long)).input_ids
+    assert 512 < len(ids) - 34 < 1024
+    assert QwenImage(pipe).encode([long]).positive["encoder_hidden_states"].shape[1] == len(ids) - 34
+
+
 def test_tokens_that_fill_up_are_not_heard(pipe):
     policy = QwenImage(pipe)
     cond = policy.encode(PROMPTS)
