@@ -22,6 +22,13 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Pipelines set the tokenizer's own `padding_side`."""
+        if name in ("inner", "cuts"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.inner, name, value)
+
     def __len__(self) -> int:
         return len(self.inner)
 
@@ -47,21 +54,25 @@ class Watched:
 def told_of_cuts(pipe: Any, text: str) -> Iterator[None]:
     """Warns if every tokenizer that reads `text` meanwhile cuts it, in place of the pipeline's own warnings."""
     from diffusers.utils import logging as diffusers_log
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
     from transformers.utils import logging as transformers_log
 
-    before, levels = dict(vars(pipe)), [(log, log.get_verbosity()) for log in (diffusers_log, transformers_log)]
-    words = {name: Watched(part) for name, part in before.items() if isinstance(part, PreTrainedTokenizerBase)}
+    levels = [(log, log.get_verbosity()) for log in (diffusers_log, transformers_log)]
+    holders = [vars(pipe), *(vars(part) for part in vars(pipe).values() if isinstance(part, ProcessorMixin))]
+    before = [(h, name, part) for h in holders for name, part in h.items() if isinstance(part, PreTrainedTokenizerBase)]
+    words = [Watched(part) for _, _, part in before]
     try:
         for log, _ in levels:
             log.set_verbosity_error()
-        vars(pipe).update(words)
+        for (holder, name, _), one in zip(before, words, strict=True):
+            holder[name] = one
         yield
     finally:
-        vars(pipe).update({name: before[name] for name in words})
+        for holder, name, part in before:
+            holder[name] = part
         for log, level in levels:
             log.set_verbosity(level)
-    cuts = [cut for one in words.values() for cut in one.cuts]
+    cuts = [cut for one in words for cut in one.cuts]
     if cuts and all(left for _, left in cuts):
         limit, left = max(cuts)
         logger.warning(
