@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from importlib import import_module
 from typing import Literal, Optional
 
 from jsonargparse import Namespace
 
-from samplers.families import FAMILIES
-
-from ..catalogue import Entry, catalogue
+from ..catalogue import Entry, catalogue, families
 from ..parsing import COMPONENTS, Parser, concrete
 
 HELP = "list components and model families"
@@ -21,11 +18,15 @@ def parser() -> Parser:
     """The command's options."""
     options = Parser(description="List what can be chosen.")
     options.add_argument("kind", nargs="?", type=Optional[Literal[(*COMPONENTS, "families")]], help="list only these")
-    options.add_argument("--json", action="store_true", help="rewards as JSON lines")
+    options.add_argument("--json", action="store_true", help="rewards, or families, as JSON lines")
     return options
 
 
 def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
+    if options.kind == "families" and options.json:
+        for family in families():
+            print(json.dumps(family.as_dict()))
+        return 0
     if options.kind == "rewards" or options.json:
         for entry in catalogue():
             print(json.dumps(entry.as_dict()) if options.json else _told(entry))
@@ -37,9 +38,9 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
                 print(f"  {cls.__name__:<24} {(inspect.getdoc(cls) or '').splitlines()[0]}")
     if options.kind in (None, "families"):
         print("families:")
-        for pipeline, adapter in FAMILIES.items():
-            module, name = adapter.split(":")
-            print(f"  {pipeline:<32} {(inspect.getdoc(getattr(import_module(module), name)) or '').splitlines()[0]}")
+        for family in families():
+            print(f"  {', '.join(family.pipelines)}\n    {family.title}")
+            print(f"    {len(family.proven)} laws proven: {'; '.join(family.kinds)}")
     return 0
 
 

@@ -157,6 +157,7 @@ class Trial:
     def theirs(self, cell: Cell) -> Tensor:
         """Latents by the pipeline, in its own layout, made once."""
         if ("theirs", cell) not in self._cells:
+            self.ours(cell)  # first, before the pipeline leaves a trace on the parts they share
             self._cells["theirs", cell] = self.asked(cell, "latent")
         return self._cells["theirs", cell]
 

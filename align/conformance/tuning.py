@@ -14,7 +14,7 @@ from rewards.contract import Broken, Inapplicable
 from samplers import ODE, GradWindow, always, never
 from samplers.policy import Checkpointing
 
-from ..adapters import Lora, add_lora, save_adapter
+from ..adapters import Lora, add_lora, load_lora, save_adapter
 from ..memory import Memory
 from .trial import Trial, double, few, quietly, seeded
 
@@ -78,27 +78,27 @@ def adapter(trial: Trial) -> str:
 
 
 def saved_adapter(trial: Trial) -> str:
-    """A saved LoRA gives the same sample in plain diffusers, through the pipeline's own `load_lora_weights`.
+    """A saved LoRA gives the same sample in plain diffusers: by the pipeline's own `load_lora_weights`, or by peft if it has none.
 
     Names in the file are not those the pipeline looks for, or alpha was lost: compare with a file that diffusers wrote.
     """
     pipe, cell = trial.policy.pipe, trial.plain(trial.small)
     trial.need_samples()
-    if not hasattr(pipe, "load_lora_weights"):
-        raise Inapplicable(f"{type(pipe).__name__} loads no LoRA")
     with TemporaryDirectory() as folder:
         with _with_lora(trial):
-            ours = Trial(trial.policy, prompts=trial.prompts, sizes=trial.sizes, steps=trial.steps).ours(cell)
+            ours = Trial(trial.policy, None, trial.prompts, trial.sizes, trial.steps, seed=trial.seed).ours(cell)
             files = save_adapter(trial.policy, Path(folder))
         try:
             with quietly(pipe):
-                pipe.load_lora_weights(folder)
+                load_lora(pipe, folder)
             theirs = trial.asked(cell, "latent")
         finally:
-            pipe.unload_lora_weights()
             _unwrap(trial.policy.network)
     gap = trial.same(trial.policy.pack(ours), theirs, "samples with the LoRA here and in diffusers")
-    return f"{files[0].name}: differ by {gap:.1g}; without it they moved by {trial.apart(ours, trial.ours(cell)):.2g}"
+    moved = trial.apart(ours, trial.ours(cell))
+    if not moved > trial.tolerance:
+        raise Broken("a LoRA of random weights changes nothing")
+    return f"{files[0].name}: differ by {gap:.1g}; without it they moved by {moved:.2g}"
 
 
 def recomputing(trial: Trial) -> str:

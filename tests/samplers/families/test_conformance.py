@@ -22,6 +22,8 @@ import pytest
 
 import samplers
 from align import load_policy
+from align.catalogue import families, family_table
+from align.cli import main
 from align.conformance import LAWS, check
 from samplers.families import FAMILIES
 from tests.samplers.families import tiny
@@ -65,9 +67,7 @@ def record(pipeline: str, variant: str, tried: list[str], proven: list[str]) -> 
         proofs.setdefault(pipeline, {})[variant] = [
             law for law in LAWS if law in proven or (law in before and law not in tried)
         ]
-        write(
-            {name: {v: laws for v, laws in proofs[name].items() if v in known()} for name in FAMILIES if name in proofs}
-        )
+        write({p: {v: proofs[p][v] for v in known() if v in proofs[p]} for p in FAMILIES if p in proofs})
     else:
         assert [law for law in before if law in tried] == proven, f"record what is proven, see {__file__}"
 
@@ -90,6 +90,18 @@ def test_every_family_is_proven_and_no_proof_is_stale() -> None:
     assert set(proofs) == set(FAMILIES)
     assert Counter(variant for variants in proofs.values() for variant in variants) == known()
     assert {law for variants in proofs.values() for laws in variants.values() for law in laws} == set(LAWS)
+
+
+def test_the_catalogue_of_families_tells_what_was_proven(capsys: pytest.CaptureFixture[str]) -> None:
+    found = families()
+    assert [p for f in found for p in f.pipelines] == list(FAMILIES)
+    assert all(f.title and f.kinds and set(f.proven) <= set(LAWS) for f in found)
+    assert main(["list", "families", "--json"]) == 0
+    assert [json.loads(line)["title"] for line in capsys.readouterr().out.splitlines()] == [f.title for f in found]
+    readme = (PROOFS.parent.parent / "README.md").read_text()
+    if "<!-- families -->" not in readme:
+        pytest.skip("the README has no table of families")
+    assert family_table() in readme, "write it: python -m align.catalogue"
 
 
 def test_the_example_of_the_page_on_families_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
