@@ -9,9 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .pictures import shown
+import torch
 
-__all__ = ["class_name", "write_card"]
+from rewards import Prompt
+from samplers import Policy
+
+from .pictures import shown
+from .sampling import Sampling
+
+__all__ = ["class_name", "plain_use", "write_card"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ADAPTER, PEFT, WEIGHTS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "trainable.safetensors"
@@ -29,6 +35,20 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
     partial = folder / "README.md.partial"
     partial.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     partial.replace(folder / "README.md")
+
+
+def plain_use(policy: Policy, sampling: Sampling, prompt: Prompt) -> dict[str, Any]:
+    """How the model's own pipeline makes what a run samples: "call", arguments beside the prompt, and "absent", the parts to load
+    as None; nothing for a model that has no pipeline, or shows it pictures."""
+    pipe: Any = getattr(policy, "pipe", None)
+    if pipe is None or getattr(policy, "controlled", False):
+        return {}
+    x, steps = torch.zeros(1, *sampling.shape), sampling.levels.steps
+    asked = policy.published([prompt], sampling.guidance, steps, sampling.size, x)  # pyright: ignore
+    firsts = {name: value[0] if isinstance(value, list) else value for name, value in asked.items() if name != "prompt"}
+    call = {name: value for name, value in firsts.items() if isinstance(value, (bool, int, float, str))}
+    optional = pipe._optional_components
+    return {"call": call, "absent": [n for n, part in pipe.components.items() if part is None and n not in optional]}
 
 
 def class_name(component: Any) -> str:
@@ -141,7 +161,9 @@ def _use(folder: Path, result: Mapping[str, Any]) -> str:
         intro = "The adapter moves the initial noise, and the model without it makes the image:"
         return "\n".join(["## Use", "", intro, "", "```sh", shlex.join([*words, "--steering=ShiftedNoise"]), "```"])
     lines = ["## Use", "", "```python", "from diffusers import DiffusionPipeline", ""]
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained({base!r})")
+    known = result.get("pipeline") or {}
+    absent = "".join(f", {name}=None" for name in known.get("absent", ()))
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({base!r}{absent})")
     if (folder / ADAPTER).is_file():
         lines.append(f"pipe.load_lora_weights({str(folder)!r})")
     elif (folder / PEFT).is_file():
@@ -151,8 +173,8 @@ def _use(folder: Path, result: Mapping[str, Any]) -> str:
         lines.insert(4, "from safetensors.torch import load_file")
         lines.append('network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer')
         lines.append(f"network.load_state_dict(load_file({str(folder / WEIGHTS)!r}), strict=False)")
-    said = {"num_inference_steps": how.get("steps"), "guidance_scale": how.get("guidance")}
-    given = "".join(f", {name}={value}" for name, value in said.items() if value is not None)
+    said = known.get("call") or {"num_inference_steps": how.get("steps"), "guidance_scale": how.get("guidance")}
+    given = "".join(f", {name}={value!r}" for name, value in said.items() if value is not None)
     lines += [f"image = pipe({prompt!r}{given}).images[0]", "```"]
     if _has_lora(folder):
         lines += ["", "Or steer on top of it:", "", "```sh", shlex.join(words), "```"]

@@ -119,15 +119,24 @@ class Report:
         description: the run's configuration.
         judge: the reward that picks the best weights.
         optimised: the reward that is trained on, if it is among those watched.
+        pipeline: how the model's own pipeline is asked for samples, for the card; see `align.card.plain_use`.
 
     Raises:
         ValueError: there is no such tracker, or its package is missing.
     """
 
     def __init__(
-        self, out: Path, tracker: str | None, description: Mapping[str, Any], *, judge: str, optimised: str | None
+        self,
+        out: Path,
+        tracker: str | None,
+        description: Mapping[str, Any],
+        *,
+        judge: str,
+        optimised: str | None,
+        pipeline: Mapping[str, Any] | None = None,
     ) -> None:
         self.out, self.description, self.judge, self.optimised = out, description, judge, optimised
+        self.pipeline = dict(pipeline or {})
         self.tracker = Tracker(tracker, out, description) if tracker else None
         self.first: Evaluation | None = None
         self.latest: Mapping[str, float] = {}
@@ -252,6 +261,7 @@ class Report:
         result = finite(
             {
                 "config": dict(self.description),
+                "pipeline": self.pipeline,
                 "versions": versions(),
                 "updates": int(log[-1]["update"]) if log else 0,
                 "optimised": optimised,

@@ -29,6 +29,7 @@ from . import checkpoints
 from .adaptation import Adaptation
 from .adapters import digest, named_tensors, prepare_trainable, save_adapter
 from .batches import Batch, concat
+from .card import plain_use
 from .config import FREE_TO_CHANGE, TrainConfig
 from .description import build, build_policy, describe, describe_policy, differences
 from .evaluation import Evaluation, Evaluator, judged_prompts
@@ -108,8 +109,11 @@ class Trainer:
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.stopped: str | None = None
         self.out = checkpoints.claim(config.out, resumed, self.world)
-        known = {"judge": self.judge, "optimised": self.optimised}
-        self.report = Report(self.out, config.tracker, self.description, **known) if self.world.first else None
+        self.report = None
+        if self.world.first:
+            known = {"judge": self.judge, "optimised": self.optimised}
+            known["pipeline"] = plain_use(policy, self.sampling, prompts[0]) if prompts else {}
+            self.report = Report(self.out, config.tracker, self.description, **known)
         self.unsaved = False
         # the update and evaluations of the newest checkpoint in the run's folder
         self.saved: tuple[int, int] | None = None

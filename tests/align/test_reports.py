@@ -14,12 +14,19 @@ import torch
 import yaml
 from PIL import Image
 
-from align import curves, pictures, reports, trackers
-from align.card import write_card
+from align import Lora, curves, load_policy, pictures, reports, trackers
+from align.adapters import add_lora, save_adapter
+from align.card import plain_use, write_card
 from align.evaluation import Evaluation, paired_gain
 from align.reports import Report, TrainResult
+from align.sampling import Sampling
 from rewards import Prompt
 from samplers import Ledger
+from samplers.families.gaussian import GaussianPolicy
+from samplers.families.qwen_image import QwenImage
+from samplers.families.sd3 import StableDiffusion3
+from samplers.families.z_image import ZImage
+from tests.samplers.families.tiny import qwen_image, sd3, z_image
 
 SAMPLES, PROMPTS = 2, ["three green stars", "an orange ring\nleft of a black square", "кошка " * 80]
 EVALUATOR = SimpleNamespace(prompts=[Prompt(p) for p in PROMPTS], samples=SAMPLES)
@@ -388,6 +395,34 @@ def test_the_card_of_an_adapter_in_pefts_format_says_how_to_load_it(tmp_path, fi
     assert f"PeftModel.from_pretrained(pipe.transformer, '{tmp_path}')" in code and "from peft" in code
     assert "load_lora_weights" not in text and f"--lora {tmp_path}" in text
     compile(code, "card", "exec")
+
+
+def test_the_code_of_a_card_runs_as_written_where_an_encoder_is_absent(tmp_path, finished):
+    sd3.VARIANTS["without T5"]().save_pretrained(tmp_path / "model")
+    policy = load_policy(tmp_path / "model", device="cpu")
+    add_lora(policy, Lora(rank=1), seed=0)
+    save_adapter(policy, tmp_path)
+    result = strict((finished.out / "result.json").read_text())
+    result["config"]["policy"]["model"] = str(tmp_path / "model")
+    sampling = Sampling.of(policy, steps=2, guidance=3.0, size=(32, 48))
+    result["pipeline"] = plain_use(policy, sampling, Prompt("a cat", negative="a dog"))
+    write_card(tmp_path, json.loads(json.dumps(result)))
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "text_encoder_3=None, tokenizer_3=None" in code and "max_sequence_length=" in code
+    made: dict = {}
+    exec(code, made)
+    assert made["image"].size == (48, 32)
+
+
+def test_the_code_of_a_card_counts_guidance_as_the_pipeline_does():
+    prompt = Prompt("a cat", negative="a dog")
+    calls = []
+    for policy in (QwenImage(qwen_image.pipeline()), ZImage(z_image.pipeline()), StableDiffusion3(sd3.build())):
+        calls.append(plain_use(policy, Sampling.of(policy, steps=2, guidance=3.0), prompt)["call"])
+    assert [call.get("guidance_scale") for call in calls] == [None, 2.0, 3.0]
+    assert calls[0]["true_cfg_scale"] == 3.0
+    assert all(call["negative_prompt"] == "a dog" and call["num_inference_steps"] == 2 for call in calls)
+    assert plain_use(GaussianPolicy([0.0]), Sampling.of(GaussianPolicy([0.0]), steps=2), prompt) == {}
 
 
 def test_the_card_of_a_noise_hypernetwork_says_how_to_sample_with_it(tmp_path, finished):
