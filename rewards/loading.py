@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "fill",
     "find",
     "folder",
+    "hollow",
     "imported",
     "loading",
     "precision",
@@ -37,6 +39,7 @@ __all__ = [
 
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")  # owner/name/file
 LISTED = 8  # keys an error names
+_HOLLOW: ContextVar[bool] = ContextVar("hollow", default=False)
 
 
 def expand(name: str) -> str:
@@ -89,6 +92,8 @@ def find(name: str) -> Path:
         return path
     if not on_hub or path.is_absolute():
         raise FileNotFoundError(f"no file {name}, and it does not read owner/name/file as a file on the hub does")
+    if _HOLLOW.get():
+        return path
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(*on_hub.groups()))
@@ -128,6 +133,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file holds something else.
     """
+    if _HOLLOW.get() and not Path(path).is_file():
+        return {}
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -153,6 +160,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], name: str, ignore: Se
     Raises:
         ValueError: keys are missing or left over, or shapes differ; the error lists them.
     """
+    if _HOLLOW.get():
+        return
     own = module.state_dict()
     extra = [k for k in weights if k not in own and not any(re.fullmatch(p, k) for p in ignore)]
     missing = [k for k in own if k not in weights]
@@ -181,6 +190,8 @@ def pretrained(cls: Any, name: str, *, unread: Sequence[str] = (), **options: An
     Raises:
         OSError: files are missing, incomplete or unreadable.
     """
+    if _HOLLOW.get():
+        return _outline(cls, name, options)
     with loading(name, "config.json and the weights (model.safetensors)"):
         # without trust_remote_code, transformers asks at the terminal
         options = {"dtype": "auto", "trust_remote_code": False, **options}
@@ -190,6 +201,20 @@ def pretrained(cls: Any, name: str, *, unread: Sequence[str] = (), **options: An
     if extra := sorted(k for k in report["unexpected_keys"] if not k.endswith("position_ids")):
         warnings.warn(f"{name} holds weights that {cls.__name__} does not read: {_some(extra)}", stacklevel=3)
     return network
+
+
+def _outline(cls: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """The network that `pretrained` would load, on the meta device."""
+    from transformers import AutoConfig
+
+    with loading(name, "config.json"):
+        config = AutoConfig.from_pretrained(expand(name), trust_remote_code=False)
+        dtype = options.get("dtype", "auto")
+        dtype = getattr(config, "dtype", None) if dtype == "auto" else dtype
+        more = {key: value for key, value in options.items() if key not in ("dtype", "trust_remote_code")}
+        with torch.device("meta"):
+            network = getattr(cls, "from_config", None) or cls._from_config
+            return network(config, **more).to(dtype or torch.float32)
 
 
 def pretrained_tokenizer(name: str) -> Any:
@@ -222,6 +247,16 @@ def imported(path: str) -> Any:
         raise ValueError(f"cannot import {path!r}: {error}; give it as package.module.name") from error
     finally:
         sys.path.pop()
+
+
+@contextmanager
+def hollow() -> Iterator[None]:
+    """Within, networks have their shapes and no weights of their own: of the hub only configs and tokenizers are read."""
+    token = _HOLLOW.set(True)
+    try:
+        yield
+    finally:
+        _HOLLOW.reset(token)
 
 
 @contextmanager

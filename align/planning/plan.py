@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards import Prompt
+from rewards.loading import hollow
 from samplers import Policy
 
 from ..config import NAMES, TrainConfig
@@ -24,6 +25,7 @@ from ..memory import Memory
 from ..objectives import Backprop
 from ..parsing import LOADING
 from ..prompts import read_prompts, world_prompts
+from .phantom import Phantom
 from .targets import Target
 from .walks import Walk, steering_walk, training_walk
 
@@ -32,6 +34,7 @@ __all__ = ["Plan", "plan"]
 Settings = dict[str, Any]
 STAND_IN = "a photo of a cat"
 PARTICLES = 8
+BY_ITSELF = ("rows_at_once", "decode_chunk")  # what `align.steer` sets where memory is short; see `align.footprint`
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Plan:
 
         nested: dict[str, Any] = {}
         for name, value in self.settings.items():
-            _put(nested, name, value)
+            if name not in BY_ITSELF:
+                _put(nested, name, value)
         return yaml.safe_dump(nested, sort_keys=False) if nested else ""
 
     def table(self) -> str:
@@ -80,7 +84,12 @@ class Plan:
         lines = [f"{self.what} {self.model} on {self.target.name}", "", *_rows(self.walk), "", self._verdict(self.walk)]
         if self.fitting is not None:
             able = "fits with" if self.fits else "does not fit even with"
-            lines += ["", f"It {able} these settings, {_told(self.fitting.peak)} at most:", "", self.yaml().rstrip()]
+            seen_to = [f"{name} {value}" for name, value in self.settings.items() if name in BY_ITSELF]
+            if seen_to:
+                lines += ["", f"The run itself takes fewer rows at a time where memory is short: {', '.join(seen_to)}."]
+            told = self.yaml().rstrip()
+            how = "these settings" if told else "that alone"
+            lines += ["", f"It {able} {how}, {_told(self.fitting.peak)} at most{':' if told else '.'}", "", told]
             if not self.fits:
                 lines += ["", self._verdict(self.fitting)]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
@@ -216,10 +225,11 @@ class _Run:
             yield "quantize", ["int8", "nf4"]
 
     def instantiated(self, parser: Any, options: Any) -> Any:
-        """The components; a reward that cannot be made here is left out, and that is said."""
+        """The components, rewards without weights; one that cannot be made here is left out, and that is said."""
         try:
-            return parser.instantiate(options)
-        except (OSError, ImportError) as error:
+            with hollow(), Phantom(self.target):  # which answers where a constructor looks at a weight
+                return parser.instantiate(options)
+        except Exception as error:
             if options.get("reward") is None:
                 raise
             self.notes.append(
@@ -309,6 +319,8 @@ class _Steer(_Run):
         return max(walks, key=lambda walk: walk.peak)
 
     def ladders(self) -> Iterator[tuple[str, list[Any]]]:
+        yield from _halved("decode_chunk", min(Memory.decode_chunk, self.options.batch))
+        yield from _halved("rows_at_once", self.options.batch)
         yield from _halved("batch", self.options.batch, self.particles)
         yield from self.lighter()
 

@@ -18,7 +18,8 @@ from align.planning.plan import Plan, _halved, _planned, _Run
 from align.planning.targets import GIB, Target
 from align.planning.walks import Walk, _trained, steering_walk, training_walk
 from align.sources import Prompts, Rollouts
-from rewards import CrossEncoder, Prompt
+from rewards import Brightness, CLIPScore, CrossEncoder, Prompt
+from rewards.loading import hollow
 from samplers import Compose, FeynmanKac, Guided
 
 PROMPTS = ["a red circle", "three green stars"]
@@ -122,6 +123,35 @@ def test_a_policy_without_weights_has_the_shapes_of_one_with():
     shapes = [{n: (t.shape, t.dtype) for n, t in policy.state_dict().items()} for policy in (real, hollow)]
     assert shapes[0] == shapes[1]
     assert all(t.is_meta for t in hollow.state_dict().values())
+
+
+def test_rewards_are_foreseen_without_their_weights(monkeypatch):
+    folder = str(align.loading.ASSETS / "tiny-clip")
+    real = CLIPScore(folder)
+    from transformers import CLIPModel
+
+    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *how, **more: pytest.fail("weights were read"))
+    with hollow(), Phantom(CPU):
+        reward = CLIPScore(folder)
+    assert weights(reward, Brightness()) == weights(real, Brightness())
+
+    def slope(reward, device):
+        reward(torch.full((2, 3, 32, 32), 0.5, device=device, requires_grad=True), PROMPTS).sum().backward()
+
+    with LiveBytes() as live:
+        slope(real, "cpu")
+    with Phantom(CPU) as phantom:
+        slope(reward.to("meta"), "meta")
+    assert abs(phantom.peak / live.peak - 1) < 0.02
+
+
+def test_a_reward_that_is_not_here_is_left_out_and_that_is_said(tiny_folder):
+    config = {
+        "model": str(tiny_folder),
+        "reward": {"class_path": "CrossEncoder", "init_args": {"model": "/no/such/folder"}},
+    }
+    (found,) = align.plan({**config, "steering": "BestOfN", "particles": 2, "steps": 2, "batch": 2}, "24GB")
+    assert "not counted" in found.table() and "/no/such/folder" in found.table()
 
 
 def test_weights_count_by_their_bits_and_while_they_are_there(tiny_folder):
@@ -318,6 +348,13 @@ def test_settings_are_pasted_as_they_are_told():
         "memory": {"checkpointing": "block", "decode_chunk": 1},
         "dtype": "bfloat16",
     }
+
+
+def test_what_a_run_sees_to_by_itself_is_no_setting():
+    walk = Walk(Kept(), {"a": Moment(1)})
+    found = Plan("steer", "m", GPU, walk, {"rows_at_once": 2, "batch": 4}, walk)
+    assert yaml.safe_load(found.yaml()) == {"batch": 4}
+    assert "where memory is short: rows_at_once 2." in found.table()
 
 
 def test_a_training_run_is_made_to_fit(tiny_folder):
