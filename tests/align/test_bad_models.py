@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from importlib import import_module
 
 import diffusers
 import pytest
@@ -12,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from align import load_policy
 from samplers import ODE, SeededNoise, rollout
 from tests.samplers.families.tiny.flux import build as build_flux
-from tests.samplers.families.tiny.sana import VARIANTS as SANA
 from tests.samplers.families.tiny.sd3 import build as build_sd3
 
 
@@ -184,14 +184,16 @@ def test_sizes_that_cannot_be_made_get_the_nearest(tiny_folder, size, near):
         policy.shape(size)
 
 
-@pytest.mark.parametrize("family", ["sd", "sana", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sana", "flux", "flux2", "z_image"])
 def test_texts_that_are_cut_are_named_once(tiny_folder, tmp_path, caplog, family):
-    """Sana's limit counts its instruction too; FLUX reads by T5 what CLIP cuts, so there nothing is lost."""
+    """In templates and by processors too. Sana's limit counts its instruction; FLUX reads by T5 what CLIP cuts."""
     if family != "sd":
-        (build_flux() if family == "flux" else next(iter(SANA.values()))()).save_pretrained(tmp_path)
+        next(iter(import_module(f"tests.samplers.families.tiny.{family}").VARIANTS.values()))().save_pretrained(
+            tmp_path
+        )
     policy = load_policy(tiny_folder if family == "sd" else tmp_path, device="cpu")
-    if family == "sana":
-        policy.max_sequence_length = 12
+    if family not in ("sd", "flux"):
+        policy.max_sequence_length = {"sana": 12, "z_image": 20, "flux2": 40}[family]
     long = "abcdefgh " * 4
     caplog.set_level(logging.INFO)
     policy.encode([long, "a", long])

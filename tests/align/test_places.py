@@ -59,7 +59,12 @@ def test_gradients_pass_through_offloaded_networks(tiny_folder, how, checkpointi
     plain, moved = load_policy(tiny_folder, device="cpu"), load_policy(tiny_folder, device="cpu")
     offload(moved, how, CPU)
     moved.checkpointing = checkpointing
+    calls = []
+    moved.network.conv_in.register_forward_hook(lambda *_: calls.append("network"))
+    moved.vae.decoder.conv_in.register_forward_hook(lambda *_: calls.append("decoder"))
     assert torch.allclose(walked(moved, grad=True), walked(plain, grad=True), atol=1e-6)
+    again = 3 if checkpointing == "step" else 2  # a step is recomputed, and within it the call
+    assert (calls.count("network"), calls.count("decoder")) == (3 * again, 2)
 
 
 def test_offloaded_groups_say_that_no_gradient_passes(tiny_folder):
