@@ -34,6 +34,7 @@ COMPARE = {name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "e
 BOTH = {"logical_and": operator.and_, "bitwise_and": operator.and_, "mul": operator.and_, "logical_or": operator.or_}
 BOTH["bitwise_or"] = operator.or_
 HALF = 0.5
+COPIES, COPIED = ("_to_copy", "index"), 4096  # such as labels, of at most so many rows
 KNOWN = WeakTensorKeyDictionary()  # the values of tensors without data, where they follow from integers
 
 
@@ -263,8 +264,11 @@ class Phantom(LiveBytes):
 
 
 def _learn(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-    """Makes a result known if it is of integers or truths and follows from nothing else."""
-    if not isinstance(out, Tensor) or not out.is_meta or out.is_floating_point() or out.is_complex():
+    """Makes a result known if it is of integers or truths and follows from nothing else, or a copy of a few numbers of data."""
+    if not isinstance(out, Tensor) or not out.is_meta:
+        return
+    exact = not (out.is_floating_point() or out.is_complex())
+    if not exact and (func.overloadpacket.__name__ not in COPIES or out.numel() > COPIED):
         return
     unknown = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta and t not in KNOWN]
     if unknown or torch.Tag.nondeterministic_seeded in func.tags:

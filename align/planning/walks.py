@@ -156,6 +156,7 @@ def _trained(policy: Policy, objective: Objective, source: Source, config: Train
     evaluate = Evaluator(prompts, config.eval_samples, judges, replace(sampling, shifted=objective.shifts), 0)
     weights = kept(policy, _judges([reward, *config.panel]), target)
     with _walking(policy, [reward, *config.panel], target) as phantom:
+        phantom.act = "prepare"
         with phantom.doing("adapter"):
             prepare_trainable(policy, config.lora, 0)
             stepper = Stepper(policy, config, world)
