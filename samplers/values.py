@@ -21,8 +21,9 @@ import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -156,19 +157,28 @@ def features(policy: Policy, layers: Sequence[str], x: Tensor, at: Levels, cond:
     """(B, width) what a value looks at, in float32, part of the graph if `x` is.
 
     These are channel means of the state and of what the layers put out, harmonics of the level's angle atan(σ/α), and the
-    condition, averaged over its tokens.
+    condition, averaged over its tokens. Texts that were filled up to the longest of the batch are cut back first, those of one
+    length at a time, so that no row depends on the others.
 
     Args:
         layers: names of the network's modules; it runs until all of them have spoken.
     """
+    if (lengths := _lengths(cond)) is not None:
+        groups = [(lengths == n).nonzero().flatten() for n in lengths.unique()]
+        one = [(x[r], at if at.t.ndim == 0 else at[r], _cut(cond[r], int(lengths[r[0]]))) for r in groups]
+        parts = [features(policy, layers, *rows) for rows in one]
+        return torch.cat(parts)[torch.cat(groups).argsort().to(x.device)]
     angle = torch.atan2(at.sigma, at.alpha).to(x.device, torch.float32).expand(len(x))
     turns = 2 * angle[:, None] * torch.arange(1, HARMONICS + 1, device=x.device)
     parts = [x.flatten(2).mean(2) if x.ndim > 2 else x] if x.is_floating_point() else []
     parts += _heard(policy, layers, x, at, cond)
     parts += [turns.cos(), turns.sin()]
-    parts += [
-        told.flatten(1, -2).mean(1) if told.ndim > 2 else told.reshape(len(x), -1) for told in cond.positive.values()
-    ]
+    real = next((told for name, told in cond.positive.items() if _is_mask(name, told)), None)
+    for name, told in cond.positive.items():
+        if told.ndim == 3 and real is not None:
+            parts.append((at_least_float32(told) * real[..., None]).sum(1) / real.sum(1, keepdim=True))
+        elif not _is_mask(name, told):
+            parts.append(_averaged(told) if told.ndim > 2 else told.reshape(len(x), -1))
     return torch.cat([part.to(x.device, torch.float32) for part in parts], 1)
 
 
@@ -193,6 +203,28 @@ def early_layers(network: nn.Module) -> list[str]:
     return [f"{name}.{(len(blocks) - 1) // 3}"]
 
 
+def _is_mask(name: str, told: Tensor) -> bool:
+    """Whether a condition says which tokens of a text are real."""
+    return told.ndim == 2 and (told.dtype == torch.bool or name.endswith("mask"))
+
+
+def _lengths(cond: Cond) -> Tensor | None:
+    """(B,) tokens of each text, on the CPU, where some were filled up in this batch; a family masks those with booleans."""
+    mask = next(
+        (told for name, told in cond.positive.items() if _is_mask(name, told) and told.dtype == torch.bool), None
+    )
+    if mask is None or bool(mask.all()):
+        return None
+    return mask.sum(1).cpu()
+
+
+def _cut(cond: Cond, length: int) -> Cond:
+    """The condition without guidance, its texts no longer than this."""
+    texts = {name for name, told in cond.positive.items() if told.ndim == 3 or _is_mask(name, told)}
+    positive = {name: told[:, :length] if name in texts else told for name, told in cond.positive.items()}
+    return replace(cond, positive=positive, negative=None)
+
+
 class _Enough(Exception):
     """All layers that matter have spoken."""
 
@@ -201,11 +233,12 @@ def _heard(policy: Policy, names: Sequence[str], x: Tensor, at: Levels, cond: Co
     """Channel means (B, C) of what layers put out; those after the last of them do not run, nor does guidance."""
     if not names:
         return []
-    heard: dict[str, Tensor] = {}
+    heard: dict[str, list[Tensor]] = {}
 
     def listen(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-            heard[name] = output if isinstance(output, Tensor) else output[0]
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Any, ...]) -> None:
+            outputs = (output,) if isinstance(output, Tensor) else output  # of blocks of two streams, text and image
+            heard[name] = [part for part in outputs if isinstance(part, Tensor)]
             if len(heard) == len(names):
                 raise _Enough
 
@@ -217,7 +250,7 @@ def _heard(policy: Policy, names: Sequence[str], x: Tensor, at: Levels, cond: Co
             hooks.append(policy.network.get_submodule(name).register_forward_hook(listen(name)))
         policy.predict(x, at, cond)
     except _Enough:
-        return [_averaged(heard[name]) for name in names]
+        return [_averaged(part) for name in names for part in heard[name]]
     except AttributeError as error:
         raise ValueError(f"{type(policy.network).__name__} has no layer that is named like {names}: {error}") from error
     finally:

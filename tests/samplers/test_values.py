@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from samplers import (
     Value,
     rollout,
 )
+from samplers.families import FAMILIES
 from samplers.families.gaussian import GaussianPolicy
+from samplers.families.sd3 import StableDiffusion3
+from samplers.values import early_layers, features, probe
 from tests.conftest import Linear, Table, TokenReward, z_score
 from tests.oracles import (
     MIXTURE,
@@ -34,6 +38,7 @@ from tests.oracles import (
     unmasking_law,
     unmasking_values,
 )
+from tests.samplers.families.tiny import sd3
 from tests.samplers.test_smc import MEAN, STD, STEPS, chain, run
 
 
@@ -191,3 +196,31 @@ def test_guided_by_the_exact_value_and_weighed_by_it_weights_are_nearly_constant
         assert abs(z_score((ended.log_w - log_z).exp().flatten(), 1.0)) < 4
         assert ended.ledger.counts["decode"] == 2000
     assert spread[10] < 0.2 and spread[40] < 0.02, spread
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "z_image", "lumina2", "pixart", "sd3"])
+def test_no_row_of_features_depends_on_the_texts_of_others(family):
+    """Texts of different lengths are filled up in a batch, also in the streams that text and image share."""
+    pipe = next(iter(import_module(f"tests.samplers.families.tiny.{family}").VARIANTS.values()))()
+    module, name = FAMILIES[type(pipe).__name__].split(":")
+    policy = getattr(import_module(module), name)(pipe)
+    policy.size = (32, 32)
+    x = torch.randn(4, *policy.shape(policy.size), generator=torch.Generator().manual_seed(0))
+    prompts = ["two dogs and one red bird", "a cat", "a red bird and a cat", "a cat"]
+    layers, at = early_layers(policy.network), policy.levels(6, policy.size)[torch.tensor([1, 4, 2, 3])]
+    together = features(policy, layers, x, at, policy.encode(prompts))
+    alone = [features(policy, layers, x[[i]], at[[i]], policy.encode([prompt])) for i, prompt in enumerate(prompts)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert probe(policy, layers)[0] == together.shape[1]
+
+
+def test_both_streams_of_a_block_are_heard():
+    """A block of text and image puts out the text first; the image is what a value is about."""
+    policy = StableDiffusion3(sd3.build())
+    layers, at, cond = ["transformer_blocks.0"], policy.levels(6)[3], policy.encode(["a cat"])
+    said: list = []
+    policy.network.transformer_blocks[0].register_forward_hook(lambda _, args, output: said.append(output))
+    x = torch.randn(1, *policy.shape((32, 32)), generator=torch.Generator().manual_seed(0))
+    found = features(policy, layers, x, at, cond)
+    channels, width = x.shape[1], policy.network.inner_dim
+    torch.testing.assert_close(found[:, channels : channels + 2 * width], torch.cat([s.mean(1) for s in said[0]], 1))
