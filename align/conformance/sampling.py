@@ -66,7 +66,7 @@ def guidance(trial: Trial) -> str:
     if not policy.contrasts:
         return f"{told}, an input of the network" if moved else f"differ by {max(gaps):.1g}; the model takes no scale"
     heard = trial.apart(trial.ours(Cell(size, trial.scale, negatives=False)), trial.ours(cells[0]))
-    if min(moved, heard) <= trial.tolerance:
+    if min(moved, heard) <= max(1e-6, 2 * max(gaps)):
         raise Broken(f"the scale moves samples by {moved:.1g}, a negative prompt by {heard:.1g}")
     return f"{told}, negative prompts by {heard:.2g}"
 

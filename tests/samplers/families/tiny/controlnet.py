@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from tests.samplers.families.tiny.sdxl import build, build_controlled_sd
 
-VARIANTS = {"SD": build_controlled_sd, "SDXL": lambda: build(controlled=True)}
+VARIANTS = {"with a ControlNet": build_controlled_sd, "XL with a ControlNet": lambda: build(controlled=True)}

@@ -23,7 +23,7 @@ VARIANTS = {
     "2.1": lambda: built(
         diffusers.DDIMScheduler(**BETAS, prediction_type="v_prediction", steps_offset=1, clip_sample=False)
     ),
-    "v, zero terminal SNR": lambda: built(
+    "v with zero terminal SNR": lambda: built(
         diffusers.DDIMScheduler(
             **BETAS,
             prediction_type="v_prediction",
