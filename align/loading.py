@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from samplers.families import FAMILIES
 from samplers.policy import Policy
 
 from .folders import (
@@ -89,18 +90,11 @@ def load_policy(
     places = Placement(quantize, quantize_text, device_map, offload, compile)
     model, lora = _expanded(_embedded(model)), lora and _expanded(lora)
     like = like and _expanded(_embedded(like))
-    if is_single_file(model):
-        if places.quantize or places.device_map:
-            raise ValueError(
-                f"{model} is one file, which is read whole: quantize and device_map need a folder or hub id"
-            )
-        config, like = single_config(model, like)
-    elif like is not None:
-        raise ValueError(f"like names the configuration of a checkpoint in one file; {model} has its own: leave it out")
-    else:
-        config = pipeline_config(model)
+    config, like = _described(model, like, places)
     if controlnet is not None and "ControlNet" not in (name := str(config.get("_class_name"))):
         config = {**config, "_class_name": name.replace("Pipeline", "ControlNetPipeline")}
+        if config["_class_name"] not in FAMILIES:
+            raise ValueError(f"a ControlNet goes beside Stable Diffusion or Stable Diffusion XL; {model} is a {name}")
     if lora is not None and not Path(lora).exists() and not HUB_ID.fullmatch(str(lora)):
         raise FileNotFoundError(f"no LoRA {lora}: expected a folder or file here, or a hub id such as owner/name")
     if student not in (None, "lcm", "trailing"):
@@ -132,6 +126,17 @@ def load_policy(
     return policy
 
 
+def _described(model: str | Path, like: str | Path | None, places: Placement) -> tuple[Mapping[str, Any], Any]:
+    """What a model is made of, and whose configuration it takes if it is one file."""
+    if not is_single_file(model):
+        if like is None:
+            return pipeline_config(model), None
+        raise ValueError(f"like names the configuration of a checkpoint in one file; {model} has its own: leave it out")
+    if places.quantize or places.device_map:
+        raise ValueError(f"{model} is one file, which is read whole: quantize and device_map need a folder or hub id")
+    return single_config(model, like)
+
+
 def _pipeline(
     model: str | Path,
     config: Mapping[str, Any],
@@ -149,8 +154,7 @@ def _pipeline(
     given: dict[str, Any] = dict(absent_parts(model, config))
     kind = diffusers.DiffusionPipeline
     if controlnet is not None:
-        with _quiet(), _named(controlnet):
-            given["controlnet"] = diffusers.ControlNetModel.from_pretrained(_expanded(controlnet), dtype=dtype)
+        given["controlnet"] = _controlnet(_expanded(controlnet), dtype, device.type == "meta")
         kind = getattr(diffusers, config["_class_name"])
     with _quiet(), _named(model):
         if device.type == "meta":
@@ -162,6 +166,23 @@ def _pipeline(
             pipe = kind.from_pretrained(model, dtype=dtype, variant=variant, **given, **how)
     check_weights(model, pipe, variant)
     return pipe
+
+
+def _controlnet(where: str | Path, dtype: torch.dtype, hollow: bool) -> Any:
+    """A ControlNet by itself, or its shape alone."""
+    import diffusers
+
+    kind = diffusers.ControlNetModel
+    with _quiet(), _named(where):
+        config: Any = kind.load_config(where)
+    if (name := config.get("_class_name")) != kind.__name__:
+        raise ValueError(f"{where} holds a {name}: expected a {kind.__name__}")
+    with _quiet(), _named(where):
+        if not hollow:
+            return kind.from_pretrained(where, dtype=dtype)
+        with torch.device("meta"):
+            made: Any = kind.from_config(config)
+        return made.to(dtype)
 
 
 def _placed(family: Any, pipe: Any, tiny: Any, places: Placement, device: torch.device, waiting: bool) -> Policy:

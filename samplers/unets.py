@@ -28,6 +28,8 @@ from .policy import Cond, Size
 
 __all__ = ["UNetPolicy"]
 
+SHARED = ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type")
+
 
 class UNetPolicy(VPPolicy):
     """Latent diffusion by a UNet, with a ControlNet or without.
@@ -55,6 +57,7 @@ class UNetPolicy(VPPolicy):
             if kind != "ControlNetModel" or pipe.controlnet.config.global_pool_conditions:
                 pooled = " that pools its picture (shuffle)" if kind == "ControlNetModel" else ""
                 raise ValueError(f"expected one ControlNetModel that keeps places apart; got a {kind}{pooled}")
+            check_beside(pipe.controlnet.config, pipe.unet.config, pipe.vae_scale_factor)
         self.embeds_guidance = pipe.unet.config.time_cond_proj_dim is not None
         self.contrasts, self.multiple = not self.embeds_guidance, pipe.vae_scale_factor
         side = pipe.unet.config.sample_size
@@ -104,6 +107,23 @@ class UNetPolicy(VPPolicy):
         if self.controlled:
             asked |= {"image": control_images(prompts), "controlnet_conditioning_scale": self.conditioning_scale}
         return asked
+
+
+def check_beside(own: Any, unet: Any, factor: int) -> None:
+    """Raises unless a ControlNet's features have the shapes of the UNet's.
+
+    Args:
+        own, unet: the configurations of both.
+        factor: pixels a latent is wide.
+
+    Raises:
+        ValueError: it was made for another model.
+    """
+    pairs = {name: [tuple(v) if isinstance(v, list) else v for v in (own.get(name), unet.get(name))] for name in SHARED}
+    pairs["pixels a latent"] = [2 ** (len(own["conditioning_embedding_out_channels"]) - 1), factor]
+    for name, (its, wanted) in pairs.items():
+        if its != wanted:
+            raise ValueError(f"the ControlNet was made for another model: its {name} is {its}, the model's {wanted}")
 
 
 def control_images(prompts: Sequence[Prompt]) -> Tensor:

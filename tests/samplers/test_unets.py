@@ -192,6 +192,43 @@ def test_controlnets_of_other_kinds(built):
         type(policy)(pipe)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cross_attention_dim": 99}, r"another model: its cross_attention_dim is 99, the model's \d+"),
+        ({"conditioning_embedding_out_channels": (8,)}, r"its pixels a latent is 1, the model's [248]"),
+    ],
+    ids=["network", "picture"],
+)
+def test_controlnets_of_other_models(built, changed, message):
+    pipe, policy = built
+    pipe.controlnet.register_to_config(**changed)
+    with pytest.raises(ValueError, match=message):
+        type(policy)(pipe)
+
+
+def test_what_is_no_controlnet_is_named(tiny_folder):
+    with pytest.raises(ValueError, match=r"unet holds a UNet2DConditionModel: expected a ControlNetModel"):
+        load_policy(tiny_folder, controlnet=tiny_folder / "unet", device="cpu")
+    with pytest.raises(FileNotFoundError, match="nowhere could not be loaded"):
+        load_policy(tiny_folder, controlnet="/nowhere", device="cpu")
+    with pytest.raises(ValueError, match=r"beside Stable Diffusion or .*tiny-flow is a StableDiffusion3Pipeline"):
+        load_policy("tiny-flow", controlnet=tiny_folder / "unet", device="cpu")
+
+
+def test_a_controlnet_has_its_shape_without_its_weights(built, tmp_path):
+    pipe = built[0]
+    pipe.save_pretrained(tmp_path)
+    for file in (tmp_path / "controlnet").glob("*.safetensors"):
+        file.unlink()
+    plain = {"_class_name": type(pipe).__name__.replace("ControlNet", "")}
+    config = {k: v for k, v in json.loads((tmp_path / "model_index.json").read_text()).items() if k != "controlnet"}
+    (tmp_path / "model_index.json").write_text(json.dumps(config | plain))
+    hollow = load_policy(tmp_path, controlnet=tmp_path / "controlnet", device="meta")
+    assert {p.shape for p in hollow.controlnet.parameters()} == {p.shape for p in pipe.controlnet.parameters()}
+    assert all(p.is_meta for p in hollow.controlnet.parameters())
+
+
 def test_a_picture_without_a_controlnet_is_refused(tmp_path, capsys):
     given = ["a red ring", "--control", "edges.png", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(["steer", *given]) != 0
