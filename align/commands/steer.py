@@ -26,7 +26,7 @@ from ..versus import Versus
 from ..world import World
 
 HELP = "sample with a reward steering the way"
-PARTICLES = 8
+PARTICLES, STRENGTH = 8, 0.8
 
 
 def parser() -> Parser:
@@ -72,7 +72,7 @@ def parser() -> Parser:
     options.add_argument("--seed", type=int, default=0, help="of the first sample")
     options.add_argument("--size", type=Optional[tuple[int, int]], help="[height, width] in pixels")
     options.add_argument("--image", type=Optional[str], help="picture to begin from instead of pure noise")
-    options.add_argument("--strength", type=float, default=0.8, help="share of the steps walked from --image")
+    options.add_argument("--strength", type=float, default=STRENGTH, help="share of the steps walked from --image")
     options.add_argument("--plain", type=bool, default=True, help="also sample without steering")
     options.add_argument("--batch", type=int, default=32, help="samples in flight at a time")
     options.add_argument("--out", type=Optional[str], help="result folder; the next free runs/NNN by default")
@@ -88,6 +88,8 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
         Budget.parse(options.budget)
     elif options.compare:
         raise ValueError("methods are compared at one budget: pass --budget, such as 20s, 400nfe or 64rewards")
+    if options.image is None and options.strength != STRENGTH:
+        raise ValueError("--strength is how far samples go from a picture: pass --image")
     prompts = read_prompts(options.get("prompts", []))
     world = World(cpu=options.device == "cpu")
     if not world.first:  # the first process writes what all found

@@ -260,6 +260,11 @@ def test_the_command_begins_from_a_picture(tmp_path):
     assert config["strength"] == 0.5 and config["resolved"]["steps"] == 2
 
 
+def test_a_strength_without_a_picture_is_refused(tmp_path, capsys):
+    assert main(["steer", "a red ring", "--strength", "0.5", "--out", str(tmp_path / "out")]) == 2
+    assert "pass --image" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.1, 0.1, float("nan")])
 def test_strengths_that_leave_nothing(strength):
     with pytest.raises(ValueError, match="strength"):
