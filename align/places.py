@@ -46,7 +46,7 @@ class Placement:
     Attributes:
         quantize: bits of the denoising network's frozen linear layers.
         quantize_text: the same for the text encoders.
-        device_map: "balanced" over all GPUs, or a device for everything.
+        device_map: "balanced" over all GPUs.
         offload: what brings weights from the CPU when they are needed.
         compile: the network as a whole, or its repeated block.
     """
@@ -86,6 +86,8 @@ class Placement:
             return
         if self.offload and device.type == "cpu":
             raise ValueError(f"offload={self.offload!r} brings weights from the CPU to a GPU, and this runs on the CPU")
+        if self.device_map and (self.device_map not in ("balanced", device.type) or device.type == "cpu"):
+            raise ValueError(f"device_map must be balanced, over GPUs; got {self.device_map!r} on {device.type}")
         if self.quantize is None:
             return
         if self.quantize == "nf4" and device.type == "cpu":
@@ -128,7 +130,6 @@ class Placement:
 
     def settle(self, policy: Policy, device: torch.device) -> None:
         """Installs offloading and compiles; the pipeline is loaded, and on its devices where nothing is offloaded."""
-        policy.loaded_with = self.as_dict()
         if self.offload:
             offload(policy, self.offload, device)
         network: Any = policy.network

@@ -123,6 +123,8 @@ def test_what_cannot_be_trained_is_refused(tiny_folder, how, lora, said):
         ({"quantize": "int8", "waiting": True}, "launch without FSDP"),
         ({"quantize": "int3"}, "int8, nf4, fp8"),
         ({"quantize_text": True}, "set quantize"),
+        ({"device_map": "balanced"}, "device_map must be balanced, over GPUs; got 'balanced' on cpu"),
+        ({"device_map": "auto"}, "device_map must be balanced, over GPUs; got 'auto'"),
         ({"offload": "disk"}, "model, group or sequential"),
         ({"offload": "group", "compile": True}, "choose one"),
         ({"offload": "group", "device_map": "balanced"}, "choose one"),
@@ -169,6 +171,14 @@ def test_a_quantised_base_is_near_and_a_lora_over_it_trains_and_saves(tiny_folde
     assert torch.allclose(walked(again), walked(policy), atol=1e-6)
     rebuilt = build_policy(describe_policy(policy))
     assert rebuilt.loaded_with == {"quantize": quantize} and torch.equal(walked(rebuilt), near)
+
+
+@quantised
+def test_text_encoders_are_quantised_when_asked(tiny_folder):
+    base = load_policy(tiny_folder, device="cpu").encode(["a cat"]).positive["encoder_hidden_states"]
+    policy = load_policy(tiny_folder, device="cpu", quantize="int8", quantize_text=True)
+    near = policy.encode(["a cat"]).positive["encoder_hidden_states"]
+    assert 0 < (near - base).norm() / base.norm() < 0.02
 
 
 @pytest.fixture
