@@ -36,13 +36,14 @@ class Lora:
     Attributes:
         rank: of the update.
         alpha: the update is scaled by alpha / rank; None means alpha = rank.
-        targets: names, or endings of names, of the linear and convolution layers it goes on.
+        targets: names, or endings of names, of the linear and convolution layers it goes on; None takes those of the model's
+            family, its attention.
         init: how A begins (B begins at 0): "gaussian" as the reference training scripts do, or peft's "default".
     """
 
     rank: int = 8
     alpha: float | None = None
-    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: Sequence[str] | None = None
     init: Literal["gaussian", "default"] = "gaussian"
 
     def __post_init__(self) -> None:
@@ -93,9 +94,10 @@ def add_lora(policy: Policy, lora: Lora, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    targets = policy.targets if lora.targets is None else lora.targets
     layers = [name for name, m in policy.network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv1d))]
-    missing = [t for t in lora.targets if not any(name == t or name.endswith(f".{t}") for name in layers)]
-    if missing or not lora.targets:
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in layers)]
+    if missing or not targets:
         raise ValueError(
             f"LoRA target {missing[0] if missing else '(none)'!r} matches no layer of {type(policy.network).__name__}; "
             f"it has {_endings(layers)}{_hint(missing, layers)}"
@@ -103,7 +105,7 @@ def add_lora(policy: Policy, lora: Lora, seed: int) -> None:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # pyright: ignore
-        target_modules=list(lora.targets),
+        target_modules=list(targets),
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
     with torch.random.fork_rng(devices=[]), gathered(policy):

@@ -125,6 +125,7 @@ class Policy(Configurable, nn.Module, ABC):
         prediction: what it predicts.
         guidance, steps: what a run uses when it is not told otherwise.
         size: the native media size in pixels.
+        targets: names, or endings of names, of the layers of `network` that a LoRA goes on where it is not told otherwise.
         few_step: whether it is a student that makes whole samples in one to a few steps.
         source, adapter, control: the folder or hub id it was loaded from, that of its LoRA, and that of a ControlNet beside it.
         student: the schedule it was told to take.
@@ -147,6 +148,7 @@ class Policy(Configurable, nn.Module, ABC):
     guidance: float = 1.0
     steps: int = 20
     size: Size = ()
+    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     few_step: bool = False
     source: str = ""
     adapter: str = ""

@@ -5,9 +5,9 @@ autoencoder carries as a batch norm. Dev reads Mistral 3 after a system message 
 negative branch. Klein reads Qwen 3: distilled it makes samples in 4 Euler steps without guidance, base has both branches.
 Texts are padded to 512 tokens and the padding is read too, as the networks were trained.
 
-The levels' shift is the pipeline's own fit in tokens and steps. The usual targets of a LoRA are layers of the double blocks; in the
-single ones, most of the network, the layer is `to_qkv_mlp_proj`. Deviations: images as conditions and rewritten prompts
-(`caption_upsample_temperature`) are left out.
+The levels' shift is the pipeline's own fit in tokens and steps. A LoRA goes on the attention of both kinds of blocks, as in
+diffusers' training scripts: the single ones, most of the network, have it in layers of their own. Deviations: images as
+conditions and rewritten prompts (`caption_upsample_temperature`) are left out.
 
 Source: black-forest-labs/flux2.
 """
@@ -37,8 +37,11 @@ class Flux2(FlowPolicy):
 
     def __init__(self, pipe, preview_vae=None) -> None:
         super().__init__(pipe, preview_vae)
+        config = pipe.transformer.config
+        out = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(config.num_single_layers)]
+        self.targets = (*self.targets, *(["to_qkv_mlp_proj"] if out else []), *out)
         self.klein = type(pipe).__name__ == "Flux2KleinPipeline"
-        self.embeds_guidance = pipe.transformer.config.guidance_embeds
+        self.embeds_guidance = config.guidance_embeds
         self.few_step = self.klein and pipe.config.is_distilled
         self.contrasts = self.klein and not self.few_step
         self.multiple = 2 * pipe.vae_scale_factor

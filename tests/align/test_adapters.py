@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
+from importlib import import_module
 
 import diffusers
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align import load_policy
 from align.adapters import Lora, add_lora, digest, merge, prepare_trainable, save_adapter, set_scale
@@ -19,6 +21,7 @@ from rewards import Brightness, Prompt
 from samplers import DDIM, ODE, SeededNoise, rollout
 from samplers.families.gaussian import GaussianPolicy
 from samplers.families.sd import StableDiffusion
+from tests.samplers.families import tiny
 from tests.samplers.families.tiny import pixart
 
 PROMPTS = [Prompt("a cat"), Prompt("two dogs")]
@@ -180,6 +183,23 @@ def test_targets_that_match_nothing(fresh, targets, said):
     with pytest.raises(ValueError, match=said):
         add_lora(policy, Lora(targets=targets), 0)
     assert not policy.trainable
+
+
+@pytest.mark.parametrize("family", [m.name for m in pkgutil.iter_modules(tiny.__path__)])
+def test_the_layers_of_a_family_reach_every_block(family, tmp_path):
+    pipe = next(iter(import_module(f"{tiny.__name__}.{family}").VARIANTS.values()))()
+    pipe.save_pretrained(tmp_path / "model")
+    policy = load_policy(tmp_path / "model", device="cpu")
+    add_lora(policy, Lora(rank=1), 0)
+    kinds = ("attn", "attn1", "attention")
+    blocks = [m for m in policy.network.modules() if any(isinstance(getattr(m, k, None), nn.Module) for k in kinds)]
+    assert blocks
+    assert all(any(p.requires_grad for p in block.parameters()) for block in blocks)
+    save_adapter(policy, tmp_path / "adapter")
+    again = load_policy(tmp_path / "model", lora=tmp_path / "adapter", device="cpu")
+    prepare_trainable(again, None, 0)
+    layers = [{name.partition(".lora_")[0] for name in one.trainable} for one in (policy, again)]
+    assert layers[0] == layers[1]
 
 
 def test_a_network_without_layers_has_nothing_to_adapt():
