@@ -8,7 +8,7 @@ from typing import Literal, Optional
 
 from jsonargparse import Namespace
 
-from ..catalogue import Entry, catalogue, families
+from ..catalogue import Entry, Family, catalogue, families
 from ..parsing import COMPONENTS, Parser, concrete
 
 HELP = "list components and model families"
@@ -23,9 +23,9 @@ def parser() -> Parser:
 
 
 def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
-    if options.kind == "families" and options.json:
+    if options.kind == "families":
         for family in families():
-            print(json.dumps(family.as_dict()))
+            print(json.dumps(family.as_dict()) if options.json else _of_family(family))
         return 0
     if options.kind == "rewards" or options.json:
         for entry in catalogue():
@@ -36,11 +36,11 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
             print(f"{kind}:")
             for cls in concrete(base):
                 print(f"  {cls.__name__:<24} {(inspect.getdoc(cls) or '').splitlines()[0]}")
-    if options.kind in (None, "families"):
+    if options.kind is None:
         print("families:")
         for family in families():
-            print(f"  {', '.join(family.pipelines)}\n    {family.title}")
-            print(f"    {len(family.proven)} laws proven: {'; '.join(family.kinds)}")
+            for pipeline in family.pipelines:
+                print(f"  {pipeline:<36} {family.title}")
     return 0
 
 
@@ -53,3 +53,9 @@ def _told(entry: Entry) -> str:
         f"{'':<18} {looks_at}; gradient: {entry.gradient}; range: {entry.range}; size: {entry.size}\n"
         f"{'':<18} {weights}{len(entry.proven)} laws proven"
     )
+
+
+def _of_family(family: Family) -> str:
+    """All that is known about a family, in three lines."""
+    proven = f"{len(family.proven)} laws proven: {'; '.join(family.kinds)}"
+    return f"{', '.join(family.pipelines)}\n    {family.title}\n    {proven}"

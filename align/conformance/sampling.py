@@ -29,7 +29,7 @@ def levels(trial: Trial) -> str:
     for size in trial.sizes or ():
         with trial.first_order():
             ours, theirs = trial.policy.levels(trial.steps, size), trial.times(trial.plain(size)).cpu().double()
-        if ours.t[:-1].shape != theirs[: ours.steps].shape:
+        if len(theirs) - ours.steps not in (0, 1):  # some name the end, too
             raise Broken(f"{ours.steps} steps at size {size}, the scheduler takes {len(theirs)}")
         gap = (ours.t[:-1] - theirs[: ours.steps]).abs().max() / theirs.abs().max()
         if gap > 1e-6:

@@ -262,7 +262,16 @@ def test_what_replaces_a_scheduler_is_said(scheduler, told):
     assert (made is scheduler) == (not told)
 
 
-def test_what_cannot_be_asked():
+class Blind(StableDiffusion):
+    """Of an autoencoder that came without its encoder."""
+
+    def encode_media(self, media):
+        raise NotImplementedError("StableDiffusion cannot encode images")
+
+
+def test_what_cannot_be_asked(findings):
+    found = findings(Blind, ["encode"])["encode"]
+    assert (found.holds, found.detail) == (None, "no encoder: StableDiffusion cannot encode images")
     with pytest.raises(ValueError, match="GaussianPolicy has no diffusers pipeline"):
         check(GaussianPolicy([[0.0, 0.0]]))
 
