@@ -89,3 +89,23 @@ def test_time_text_and_guidance_are_heard():
     noise = SeededNoise([0, 1], policy.shape((16, 16)))
     plain, guided = (rollout(policy, policy.kernel, cond.with_guidance(g), levels, noise).x0 for g in (1.0, 4.5))
     assert float((plain - guided).abs().max()) > 1e-3
+
+
+def test_the_published_form_of_the_tokenizer_loads(tmp_path):
+    """Its folders hold T5's words as a SentencePiece model alone."""
+    import io
+
+    import sentencepiece
+
+    build().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    model = io.BytesIO()
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(letters), "red blue cat"]), model_writer=model, vocab_size=30, character_coverage=1.0,
+        model_type="char", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(model.getvalue())
+    policy = load_policy(tmp_path, device="cpu")
+    assert policy.pipe.tokenizer("a cat").input_ids[-1] == 1
+    assert policy.encode(["a red cat", "cat"]).positive["encoder_attention_mask"].sum(1).tolist() == [11, 5]
