@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from samplers import Cond, Levels, Policy, Size
@@ -30,6 +31,11 @@ ROOM = 0.8  # of the free memory may be planned for
 PLENTY = 2000  # live bytes a byte of media: a generous guess, and runs that fit by it are not measured
 
 
+def stored(thing: Any) -> TypeGuard[torch.Tensor]:
+    """Whether something is a tensor with a storage of its own, and not made of others, as quantised weights are."""
+    return isinstance(thing, torch.Tensor) and not is_traceable_wrapper_subclass(thing)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages made inside the context and still referenced; `peak` is their highest sum."""
 
@@ -39,10 +45,10 @@ class LiveBytes(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if stored(t)}
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
+            if stored(t):
                 self._count(t.untyped_storage(), given)
         return out
 

@@ -15,7 +15,8 @@ carries it along in the middle of a backward pass.
 **Several devices** (`device_map`): whole networks are spread by diffusers, as "balanced" does.
 
 **Compiled** (`compile`): in place, so names in `state_dict` and adapters stay. "regional" compiles the network's repeated block
-once.
+once. With and without a gradient are two programs, which generated code may round differently: ratios of log-probabilities are
+then one but for that.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile, Namespace
 
 from ..conformance import LAWS, Finding, check
 from ..loading import Student
-from ..parsing import FAILED, Parser
+from ..parsing import FAILED, LOADING, Parser, add_loading
 
 HELP = "check a model against its own diffusers pipeline and the laws of training"
 SIGNS = {True: "holds", False: "BROKEN", None: "-"}
@@ -42,6 +42,7 @@ def parser() -> Parser:
         default="float32",
         help="of the networks; what is equal is equal to 5e-5 in float32 only",
     )
+    add_loading(options)
     options.add_argument(
         "--sizes",
         type=Optional[list[tuple[int, int]]],
@@ -58,7 +59,8 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     from .. import load_policy
 
     def load(dtype: str):
-        return load_policy(options.model, student=options.student, device=options.device, dtype=dtype)
+        how = {name: options[name] for name in ("student", "device", *LOADING)}
+        return load_policy(options.model, dtype=dtype, **how)
 
     policy = load(options.dtype)
     how = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed, "reload": load}

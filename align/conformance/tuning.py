@@ -15,6 +15,7 @@ from samplers import ODE, GradWindow, always, never
 from samplers.policy import Checkpointing
 
 from ..adapters import Lora, add_lora, load_lora, save_adapter
+from ..footprint import stored
 from ..memory import Memory
 from .trial import Trial, double, few, quietly, seeded
 
@@ -158,10 +159,11 @@ def _slope(value: Callable[..., Tensor], found: Sequence[Tensor], exact: bool) -
 def _graph(trial: Trial, steps: int) -> tuple[Tensor, int]:
     """The gradient at the initial noise through guided steps, and the bytes kept for it, weights aside."""
     kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in trial.policy.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in trial.policy.parameters() if stored(p)}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if stored(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     start = trial.noise(trial.small, 0, [0])(0).detach().requires_grad_()

@@ -174,6 +174,16 @@ def test_a_quantised_base_is_near_and_a_lora_over_it_trains_and_saves(tiny_folde
 
 
 @quantised
+def test_quantised_models_obey_the_laws_of_families(tiny_folder):
+    from align.conformance import check
+
+    broken = {
+        f.law: f.detail for f in check(load_policy(tiny_folder, device="cpu", quantize="int8")) if f.holds is False
+    }
+    assert not broken
+
+
+@quantised
 def test_text_encoders_are_quantised_when_asked(tiny_folder):
     base = load_policy(tiny_folder, device="cpu").encode(["a cat"]).positive["encoder_hidden_states"]
     policy = load_policy(tiny_folder, device="cpu", quantize="int8", quantize_text=True)
