@@ -181,19 +181,25 @@ def _saved(policy: Policy, folder: Path, who: str) -> list[Path]:
             save_file({f"{OUTER}{n}": w.detach().cpu().contiguous() for n, w in layers.items()}, folder / PEFT)
             pipe.transformer.peft_config[name].save_pretrained(folder)
             return [folder / PEFT]
-        given = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": _metadata(policy, name)}
+        given = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": _metadata(policy.network, name)}
+        for words, encoder in pipe.components.items():  # where an adapter that was loaded has a part of its own
+            if words.startswith("text_encoder") and name in getattr(encoder, "peft_config", {}):
+                given[f"{words}_lora_layers"] = get_peft_model_state_dict(encoder, adapter_name=name)
+                given[f"{words}_lora_adapter_metadata"] = _metadata(encoder, name)
         type(pipe).save_lora_weights(folder, **given)
     return [folder / "pytorch_lora_weights.safetensors"]
 
 
 def set_scale(policy: Policy, scale: float) -> None:
-    """Multiplies every adapter's effect: 0 is the base, 1 the trained model, in between a cheap guard against over-optimisation."""
-    layers = _layers(policy)
+    """Multiplies every adapter's effect, on text encoders too: 0 is the base, 1 the trained model, in between a cheap guard
+    against over-optimisation."""
+    layers = [layer for part in policy.children() for layer in _layers(part)]
     if not layers:
         raise ValueError("there is no LoRA to scale: load one with lora=…")
     for layer in layers:
         for name in layer.active_adapters:
             layer.set_scale(name, scale)
+    policy.forget()
 
 
 def merge(policy: Policy) -> None:
@@ -213,15 +219,16 @@ def digest(policy: Policy) -> str:
     return total.hexdigest()
 
 
-def _layers(policy: Policy) -> list:
+def _layers(policy: Policy | nn.Module) -> list:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [m for m in policy.network.modules() if isinstance(m, BaseTunerLayer)]
+    network = policy.network if isinstance(policy, Policy) else policy
+    return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
 
 
-def _metadata(policy: Policy, name: str) -> dict:
+def _metadata(network: nn.Module, name: str) -> dict:
     """The adapter's config as diffusers keeps it in the file's header, so that alpha survives."""
-    adapters: Any = policy.network.peft_config
+    adapters: Any = network.peft_config
     kept = {k: v for k, v in adapters[name].to_dict().items() if v is not None}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
 

@@ -111,6 +111,14 @@ class LatentPolicy(Policy):
             held -= sum(v.numel() * v.element_size() for v in row.values())
         return {name: joined([row[name][None] for row in rows]) for name in rows[0]} if rows else {}
 
+    def forget(self) -> None:
+        self._embeddings.clear()
+
+    def _apply(self, *args: Any, **how: Any) -> Any:
+        """Moved to another device or type: so are the texts that are embedded from now on."""
+        self.forget()
+        return super()._apply(*args, **how)
+
     def shape(self, size: Size) -> tuple[int, ...]:
         if len(size) != 2 or any(n < self.multiple or n % self.multiple for n in size):
             nearest = tuple(max(1, round(n / self.multiple)) * self.multiple for n in size)

@@ -263,6 +263,9 @@ class Policy(Configurable, nn.Module, ABC):
         """Classifier-free guidance (2207.12598): both branches' outputs at a scale; 1 is the positive branch alone."""
         return negative + scale * (positive - negative)
 
+    def forget(self) -> None:
+        """Drops what is kept of texts: the encoders have changed."""
+
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""

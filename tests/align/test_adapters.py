@@ -9,6 +9,7 @@ from importlib import import_module
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from align import load_policy
@@ -170,6 +171,31 @@ def test_scaling_is_linear_in_the_weights(fresh):
     torch.testing.assert_close(output(policy), output(trained(fresh(), Lora(rank=2, alpha=6.0))))
     with pytest.raises(ValueError, match="no LoRA to scale"):
         set_scale(fresh(), 1.0)
+
+
+def test_the_part_of_an_adapter_in_the_text_encoder_is_scaled_and_saved_too(fresh, tmp_path):
+    """And texts that were embedded before are embedded again."""
+    trained_too = trained(fresh(), Lora(rank=2), 0.1)
+    encoder = trained_too.text_encoder
+    encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False), "default")
+    encoder.to(torch.float32)
+    wanted = output(trained_too)
+    save_adapter(trained_too, tmp_path / "first")
+    policy, base = fresh(lora=tmp_path / "first"), output(fresh())
+    torch.testing.assert_close(output(policy), wanted, rtol=0, atol=1e-5)
+    assert any("lora" in name for name, _ in policy.text_encoder.named_parameters())
+    prepare_trainable(policy, None, 0)
+    save_adapter(policy, tmp_path / "again")
+    torch.testing.assert_close(output(fresh(lora=tmp_path / "again")), wanted, rtol=0, atol=1e-5)
+    set_scale(policy, 0.0)
+    torch.testing.assert_close(output(policy), base, rtol=0, atol=1e-5)
+    assert float((base - wanted).abs().max()) > 1e-3
+
+
+def test_a_policy_that_moves_embeds_its_texts_again(fresh):
+    policy = fresh()
+    policy.encode(PROMPTS)
+    assert policy.to(torch.float64).encode(PROMPTS).positive["encoder_hidden_states"].dtype == torch.float64
 
 
 @pytest.mark.parametrize(("targets", "said"), [
