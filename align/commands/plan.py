@@ -18,7 +18,10 @@ def parser() -> Parser:
     """The command's options."""
     options = Parser(description="Foresee the peak memory of steering and training, without weights, and make it fit.")
     options.add_argument(
-        "--of", type=str, required=True, help="a configuration of kilter steer or train, or a model's folder or hub id"
+        "--of",
+        type=str,
+        required=True,
+        help="a configuration of kilter steer or train, or a model's folder or hub id; may stand alone as first word",
     )
     options.add_argument("--gpu", type=Optional[str], help="24GB, 16GiB, a100-80, h100 …; the device here by default")
     options.add_argument(
@@ -28,7 +31,7 @@ def parser() -> Parser:
         default=[],
         help="keys of the configuration to replace: micro_batch=2 dtype=bfloat16 …",
     )
-    options.add_argument("--write", type=Optional[str], help="file for the settings that fit, as YAML")
+    options.add_argument("--write", type=Optional[str], help="file for the settings that fit; of a model, two")
     options.add_argument("--json", action="store_true", help="print everything on standard output as JSON")
     return options
 
@@ -43,9 +46,11 @@ def run(parser: Parser, parsed: Namespace, options: Namespace) -> int:
     else:
         print("\n\n".join(one.table() for one in plans))
     if options.write:
-        changes = "".join(f"# {one.what}\n{one.yaml()}" for one in plans if one.fits)
-        Path(options.write).write_text(changes)
-        print(f"wrote {options.write}", file=sys.stderr)
+        for one in [one for one in plans if one.fits]:
+            path = Path(options.write)
+            path = path if len(plans) == 1 else path.with_stem(f"{path.stem}-{one.what}")
+            path.write_text(f"# for kilter {one.what}, a --config after the others\n" + (one.yaml() or "{}\n"))
+            print(f"wrote {path}", file=sys.stderr)
     return 0 if all(one.fits for one in plans) else FAILED
 
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rewards import Prompt
 from rewards.loading import hollow
@@ -175,9 +178,11 @@ def _planned(run: _Run, target: Target, seen: Callable[[str], None]) -> Plan:
     settings: Settings = {}
     ladders = list(run.ladders())
     for name, rungs in ladders:
-        settings[name] = rungs[-1]
-        if walked(settings).peak <= target.room:
-            break
+        with suppress(ValueError):  # a change that this run or model cannot take is no remedy
+            fits = walked({**settings, name: rungs[-1]}).peak <= target.room
+            settings[name] = rungs[-1]
+            if fits:
+                break
     enough = max(target.room, walked(settings).peak)
     for name, rungs in ladders[::-1]:  # each as mild as it may be, the dearest first
         if name in settings:
@@ -206,7 +211,8 @@ class _Run:
 
     def policy(self, options: Any, settings: Settings) -> Policy:
         """The model without weights."""
-        how = {name: settings.get(name, options[name]) for name in ("dtype", *LOADING)}
+        beside = [name for name in ("controlnet", "preview_vae") if name in options]
+        how = {name: settings.get(name, options[name]) for name in ("dtype", *beside, *LOADING)}
         how["dtype"] = how["dtype"] or ("float16" if self.target.cuda else "float32")
         if how["quantize"] and not (settings.get("dtype") or options.dtype):
             how["dtype"] = "bfloat16"
@@ -232,9 +238,9 @@ class _Run:
         except Exception as error:
             if options.get("reward") is None:
                 raise
-            self.notes.append(
-                f"the reward could not be made here, so its memory is not counted: {str(error).splitlines()[0]}"
-            )
+            lines = str(error).splitlines()  # of parsers first, the cause within
+            why = next((line.strip(" -") for line in lines if "cannot load" in line or "pip install" in line), lines[0])
+            self.notes.append(f"the reward could not be made here, so its memory is not counted: {why}")
             options.reward = {"class_path": "rewards.Brightness"}
             return parser.instantiate(options)
 
@@ -315,7 +321,8 @@ class _Steer(_Run):
         how["batch"] = settings.get("batch", options.batch)
         policy.decode_chunk = settings.get("decode_chunk", Memory.decode_chunk)
         policy.rows_at_once = settings.get("rows_at_once")
-        walks = [steering_walk(policy, self.prompts, method, self.target, **how) for method in self.methods]
+        prompts = _pictured(policy, self.prompts, options.size)
+        walks = [steering_walk(policy, prompts, method, self.target, **how) for method in self.methods]
         return max(walks, key=lambda walk: walk.peak)
 
     def ladders(self) -> Iterator[tuple[str, list[Any]]]:
@@ -323,6 +330,14 @@ class _Steer(_Run):
         yield from _halved("rows_at_once", self.options.batch)
         yield from _halved("batch", self.options.batch, self.particles)
         yield from self.lighter()
+
+
+def _pictured(policy: Policy, prompts: list[Prompt], size: tuple[int, ...] | None) -> list[Prompt]:
+    """The prompts, each with a picture of the size of the run where a ControlNet is shown one."""
+    if not getattr(policy, "controlled", False):
+        return prompts
+    blank = torch.zeros(3, *(size or policy.size))
+    return [replace(p, meta={**p.meta, "control": blank}) for p in prompts]
 
 
 def _put(given: dict[str, Any], name: str, value: Any) -> None:

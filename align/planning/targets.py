@@ -59,10 +59,11 @@ class Target:
         """
         if wanted is None:
             return cls.here()
-        word = wanted.strip().lower().replace(" ", "").replace("_", "-")
-        if word in GPUS:
-            return cls(word, GPUS[word] * GIB - CONTEXT, True, HOPPER if word in NEW else OLDER)
-        size = re.fullmatch(r"([\d.]+)(gb|gib|mb|mib|)", word)
+        word = re.sub(r"(?<=.)[\s_-]", "", wanted.strip().lower())
+        known = {name.replace("-", ""): name for name in GPUS}
+        if name := known.get(word.removesuffix("gb")):
+            return cls(name, GPUS[name] * GIB - CONTEXT, True, HOPPER if name in NEW else OLDER)
+        size = re.fullmatch(r"(\d+(?:\.\d+)?)(gb|gib|mb|mib|)", word)
         if size is None or not float(size[1]) > 0:
             raise ValueError(f"a GPU is a size such as 24GB or 16GiB, or one of {', '.join(GPUS)}; got {wanted!r}")
         return cls(wanted, float(size[1]) * UNITS[size[2].upper()] - CONTEXT, True, OLDER)
