@@ -51,7 +51,7 @@ def load_fitting_lora(pipe: Any, lora: str | Path) -> None:
         _check(weights, network, lora, type(pipe).__name__, part)
     try:
         load_lora(pipe, lora)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, OSError) as error:
         raise ValueError(f"LoRA {lora} could not be put on {type(network).__name__}: {_first(error)}") from error
     if not weights and before == set(dict(network.named_parameters())):
         raise ValueError(f"LoRA {lora} changes no layer of {type(network).__name__}")
@@ -65,7 +65,7 @@ def _read(pipe: Any, lora: str | Path, part: str) -> dict[str, Tensor]:
 
     try:
         found = pipe.lora_state_dict(str(lora), unet_config=getattr(getattr(pipe, "unet", None), "config", None))
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, LookupError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
             raise FileNotFoundError(f"LoRA {lora} could not be read: {_first(error)}") from error
         raise ValueError(f"LoRA {lora} is in no format that {type(pipe).__name__} reads: {_first(error)}") from error

@@ -163,6 +163,17 @@ def test_loras_of_another_family_are_refused_by_name(tiny_folder, tmp_path, kind
         load_policy(tiny_folder, lora=tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("names", ["lora_unet_{}.lora_{}.weight", "unet.{}.lora.{}.weight", "unet.{}_lora.{}.weight"])
+def test_loras_load_in_the_names_of_other_trainers(tiny_folder, tmp_path, names):
+    """Those of kohya's scripts, and the two older ones of diffusers."""
+    layer = f"{MIDDLE.removeprefix('unet.')}.attn1.{'processor.' if '_lora.{}' in names else ''}to_q"
+    layer = layer.replace(".", "_") if names.startswith("lora") else layer
+    weights = {names.format(layer, "down"): torch.randn(2, 32), names.format(layer, "up"): torch.randn(32, 2)}
+    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
+    base, tuned = load_policy(tiny_folder, device="cpu"), load_policy(tiny_folder, lora=tmp_path, device="cpu")
+    assert not torch.equal(drawn(tuned), drawn(base))
+
+
 def test_files_that_are_no_lora(tiny_folder, tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({"a.weight": torch.zeros(2)}, file)
