@@ -78,7 +78,8 @@ def load_policy(
             No gradient passes through "group"; training works with "sequential" alone. See `align.places`.
         compile: compiles the network with `torch.compile`, in place; "regional" its repeated block, once.
         device: where to run; a GPU (CUDA, then Apple's) if there is one. On "meta" no weights are read: see `align.planning`.
-        dtype: of the networks, as a torch dtype or its name; float32 on the CPU, elsewhere float16, or bfloat16 if quantised.
+        dtype: of the networks, as a torch dtype or its name; float32 on the CPU, elsewhere float16, or bfloat16 for flows and if
+            quantised.
         preview_vae: an `AutoencoderTiny` (folder or hub id) that decodes intermediate estimates.
         waiting: leave the denoising network on the CPU, from where training shards it over devices.
 
@@ -103,7 +104,7 @@ def load_policy(
     check_scheduler(family, config, model, student)
     device = usable(device or best_device())
     places.check(device, waiting)
-    dtype = _dtype(dtype) or _best_dtype(device, quantize)
+    dtype = _dtype(dtype) or _best_dtype(device, quantize, family)
     given = {"variant": variant_of(model, variant), "dtype": dtype}
     pipe = _pipeline(model, config, like, device, controlnet, places, **given)
     whole = all_weights(lora)
@@ -247,10 +248,10 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known[dtype]
 
 
-def _best_dtype(device: torch.device, quantize: str | None) -> torch.dtype:
+def _best_dtype(device: torch.device, quantize: str | None, family: Any) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if quantize else torch.float16
+    return torch.bfloat16 if quantize else getattr(family, "half", torch.float16)
 
 
 def _embedded(model: str | Path) -> str | Path:

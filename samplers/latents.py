@@ -49,6 +49,7 @@ class LatentPolicy(Policy):
 
     Attributes:
         schedulers: names of the scheduler classes a folder of this family may hold.
+        half: the type of half precision it was published in; bfloat16 has room for what overflows in float16.
         contrasts: whether there is an unconditional branch, that is, classifier-free guidance.
         sided: whether the unconditional branch may embed a text otherwise than the other does.
         spares: parts whose folder may be absent; the policy then does without them.
@@ -63,6 +64,7 @@ class LatentPolicy(Policy):
     schedulers: ClassVar[tuple[str, ...]]
     spares: ClassVar[tuple[str, ...]] = ()
     upcasts: ClassVar[bool] = False
+    half: ClassVar[torch.dtype] = torch.float16
     contrasts: bool = True
     sided: bool = True
     multiple: int = 8
@@ -272,6 +274,7 @@ class FlowPolicy(LatentPolicy):
 
     schedulers = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
     prediction = "flow"
+    half = torch.bfloat16
     even: bool = False
 
     @property

@@ -200,3 +200,9 @@ def test_a_lora_that_is_not_there(tiny_folder, tmp_path):
 def test_missing_models(name, said):
     with pytest.raises(FileNotFoundError, match=said):
         load_policy(name)
+
+
+def test_half_precision_is_that_of_the_family():
+    """Flows and their language models were published in bfloat16, and some of them overflow in float16."""
+    found = [load_policy(model, device="meta").dtype for model in ("tiny-sd", "tiny-flow")]
+    assert found == [torch.float16, torch.bfloat16]
