@@ -21,6 +21,7 @@ from align.sources import Prompts, Rollouts
 from rewards import Brightness, CLIPScore, CrossEncoder, Prompt
 from rewards.loading import hollow
 from samplers import Compose, FeynmanKac, Guided
+from tests.samplers.families.tiny.sdxl import build_controlled_sd
 
 PROMPTS = ["a red circle", "three green stars"]
 CPU, GPU = Target(), Target("some GPU", 1e12, True)
@@ -299,6 +300,7 @@ def test_attention_on_the_cpu_keeps_what_it_keeps():
 def test_targets_are_sizes_or_names():
     assert Target.of("24GB").room == pytest.approx(24e9, rel=0.03)
     assert Target.of("24 GiB").room > Target.of("24gb").room
+    assert Target.of("A100 80GB") == Target.of("a100_80") == Target.of("A100-80")
     assert Target.of("A100-80").room > 75 * GIB
     assert Target.of("h100").workspace > Target.of("a100-80").workspace > 0
     assert Target.of(None).name == Target.here().name
@@ -394,9 +396,32 @@ def test_the_command_plans_configurations(tiny_folder, tmp_path, capsys):
     assert "too few" in capsys.readouterr().out
 
 
+def test_networks_beside_the_model_are_counted(tmp_path):
+    pipe = build_controlled_sd()
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    plain = {name: entry for name, entry in index.items() if name != "controlnet"}
+    run = {"reward": "Brightness", "particles": 2, "batch": 2, "steps": 2, "dtype": "float32", "model": str(tmp_path)}
+    (whole,) = align.plan(run, "24GB")
+    (tmp_path / "model_index.json").write_text(json.dumps(plain | {"_class_name": "StableDiffusionPipeline"}))
+    (joined,) = align.plan({**run, "controlnet": str(tmp_path / "controlnet")}, "24GB")
+    assert joined.walk == whole.walk
+    assert joined.walk.weights.bytes["controlnet"] >= sum(p.nbytes for p in pipe.controlnet.parameters())
+
+
+def test_rewards_that_are_not_here_are_named(tiny_folder):
+    reward = {"class_path": "Weighted", "init_args": {"rewards": ["ImageReward"]}}
+    config = {"model": str(tiny_folder), "reward": reward, "particles": 1, "batch": 1, "steps": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        (found,) = align.plan(config, "24GB")
+    assert any("not counted: cannot load" in note for note in found.notes)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["tiny-sd", "--gpu", "1.2.3GB"], "a GPU is a size such as 24GB"),
         (["no/such/folder/here", "--gpu", "24GB"], "no folder"),
         (["tiny-sd", "--gpu", "big"], "a GPU is a size such as 24GB"),
         (["tiny-sd", "--gpu", "24GB", "--set", "steps"], "--set takes key=value"),
