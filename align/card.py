@@ -21,6 +21,10 @@ __all__ = ["class_name", "plain_use", "write_card"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ADAPTER, PEFT, WEIGHTS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "trainable.safetensors"
+STUDENTS = {  # the schedule that a student was told to take
+    "lcm": "diffusers.LCMScheduler.from_config(pipe.scheduler.config)",
+    "trailing": "diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing')",
+}
 SHIFTS = "HyperNoise"  # the objective whose adapters are no part of the sampler
 
 
@@ -156,6 +160,8 @@ def _use(folder: Path, result: Mapping[str, Any]) -> str:
     prompt = " ".join(str((result["prompts"] or ["a prompt"])[0]).split())
     how = result["config"]["train"]["init_args"]
     words = ["kilter", "steer", prompt, "--model", base, "--lora", str(folder)]
+    student = result["config"]["policy"].get("student")
+    words += [f"--student={student}"] if student else []
     words += [f"--{name}={how[name]}" for name in ("steps", "guidance") if how.get(name) is not None]
     if class_name(result["config"].get("objective")) == SHIFTS:
         intro = "The adapter moves the initial noise, and the model without it makes the image:"
@@ -173,6 +179,9 @@ def _use(folder: Path, result: Mapping[str, Any]) -> str:
         lines.insert(4, "from safetensors.torch import load_file")
         lines.append('network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer')
         lines.append(f"network.load_state_dict(load_file({str(folder / WEIGHTS)!r}), strict=False)")
+    if student:
+        lines.insert(3, "import diffusers")
+        lines.append(f"pipe.scheduler = {STUDENTS[student]}")
     said = known.get("call") or {"num_inference_steps": how.get("steps"), "guidance_scale": how.get("guidance")}
     given = "".join(f", {name}={value!r}" for name, value in said.items() if value is not None)
     lines += [f"image = pipe({prompt!r}{given}).images[0]", "```"]

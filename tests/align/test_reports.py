@@ -26,7 +26,7 @@ from samplers.families.gaussian import GaussianPolicy
 from samplers.families.qwen_image import QwenImage
 from samplers.families.sd3 import StableDiffusion3
 from samplers.families.z_image import ZImage
-from tests.samplers.families.tiny import qwen_image, sd3, z_image
+from tests.samplers.families.tiny import qwen_image, sd, sd3, z_image
 
 SAMPLES, PROMPTS = 2, ["three green stars", "an orange ring\nleft of a black square", "кошка " * 80]
 EVALUATOR = SimpleNamespace(prompts=[Prompt(p) for p in PROMPTS], samples=SAMPLES)
@@ -412,6 +412,25 @@ def test_the_code_of_a_card_runs_as_written_where_an_encoder_is_absent(tmp_path,
     made: dict = {}
     exec(code, made)
     assert made["image"].size == (48, 32)
+
+
+@pytest.mark.parametrize("student", ["lcm", "trailing"])
+def test_the_code_of_a_card_gives_a_student_its_schedule(tmp_path, finished, student):
+    sd.VARIANTS["1.5"]().save_pretrained(tmp_path / "model")
+    result = strict((finished.out / "result.json").read_text())
+    policy = load_policy(tmp_path / "model", student=student, device="cpu")
+    result["config"]["policy"] |= {"model": str(tmp_path / "model"), "student": student}
+    result["pipeline"] = plain_use(policy, Sampling.of(policy, steps=2, guidance=1.0), Prompt("a cat"))
+    add_lora(policy, Lora(rank=1), seed=0)
+    save_adapter(policy, tmp_path)
+    write_card(tmp_path, result)
+    text = (tmp_path / "README.md").read_text()
+    made: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], made)
+    schedule = made["pipe"].scheduler
+    assert type(schedule) is type(policy.scheduler)
+    assert schedule.timesteps.tolist() == policy.levels(2).t[:-1].tolist()
+    assert f"--student={student}" in text
 
 
 def test_the_code_of_a_card_counts_guidance_as_the_pipeline_does():
