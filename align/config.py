@@ -38,6 +38,7 @@ class TrainConfig:
         batch: items an update takes (samples, pairs, lists), over all processes.
         micro_batch: rows in one forward and backward pass.
         lora: the adapter to train; null trains all weights of the network.
+        optimizer: AdamW, or bitsandbytes' with its state in 8 bits (2110.02861) where a tensor has at least 4096 numbers.
         learning_rate, betas, epsilon, weight_decay: of AdamW.
         schedule: of the learning rate after `warmup` updates: constant, or falling so that it would reach 0 one update after
             the last: linearly, as a cosine or as a square root.
@@ -67,6 +68,7 @@ class TrainConfig:
     batch: int = 32
     micro_batch: int = 8
     lora: Optional[Lora] = field(default_factory=Lora)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     learning_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8

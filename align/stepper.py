@@ -36,14 +36,15 @@ class Stepper:
 
     Attributes:
         changing: whether a step is half done; still so after an error, when the weights belong to no update.
+
+    Raises:
+        ImportError: the optimiser's package is not installed.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, world: World) -> None:
         self.config, self.world = config, world
         self.parameters = list(policy.trainable.values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, config.learning_rate, config.betas, config.epsilon, config.weight_decay
-        )
+        self.optimizer = _optimizer(self.parameters, config)
         self.scaler = torch.amp.GradScaler(policy.device.type, 1024.0, enabled=policy.dtype == torch.float16)
         self.changing = False
 
@@ -164,3 +165,14 @@ class Stepper:
     def restore(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    how = (config.learning_rate, config.betas, config.epsilon, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, *how)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("optimizer: adamw8bit needs bitsandbytes: pip install 'kilter[quant]'") from error
+    return AdamW8bit(parameters, *how)

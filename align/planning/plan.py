@@ -274,7 +274,7 @@ class _Train(_Run):
             head, _, inside = name.partition(".")
             if head == "memory":
                 config = replace(config, memory=replace(config.memory, **{inside: value}))
-            elif head in ("micro_batch", "sample_rows"):
+            elif head in ("micro_batch", "sample_rows", "optimizer"):
                 config = replace(config, **{head: value})
             elif inside == "init_args.k":
                 assert isinstance(objective, Backprop)
@@ -291,6 +291,8 @@ class _Train(_Run):
             yield "memory.checkpointing", stronger
         if isinstance(self.objective, Backprop) and self.objective.truncation == "last":
             yield from _halved("objective.init_args.k", self.objective.k)
+        if self.target.cuda and config.optimizer == "adamw":
+            yield "optimizer", ["adamw8bit"]
         if config.lora is not None:
             yield from self.lighter()
 

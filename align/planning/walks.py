@@ -159,7 +159,9 @@ def _trained(policy: Policy, objective: Objective, source: Source, config: Train
         phantom.act = "prepare"
         with phantom.doing("adapter"):
             prepare_trainable(policy, config.lora, 0)
-            stepper = Stepper(policy, config, world)
+            stepper = Stepper(policy, replace(config, optimizer="adamw"), world)
+            if config.optimizer == "adamw8bit":
+                stepper.optimizer = EightBit(stepper.parameters)
         _as_there(stepper, target)
         speaker = "ema" if config.ema else "policy"
         with phantom.watching(optimiser=(stepper.optimizer, "step")):
@@ -195,6 +197,22 @@ def _stepped(stepper: Stepper, objective: Objective, policy: Policy, batch: Any)
     with suppress(_Enough):
         stepper.step(objective, policy, batch, 1, look)
     stepper.optimizer.zero_grad()
+
+
+class EightBit(torch.optim.Optimizer):
+    """Keeps what bitsandbytes' AdamW8bit keeps, and changes nothing: a byte a number, a scale for every 256."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for p in self.param_groups[0]["params"]:
+            if not self.state[p] and p.numel() < 4096:
+                self.state[p] = {name: torch.empty_like(p, dtype=torch.float32) for name in ("state1", "state2")}
+            elif not self.state[p]:
+                scales = p.new_empty(-(-p.numel() // 256), dtype=torch.float32)
+                for i in "12":
+                    self.state[p] |= {f"state{i}": torch.empty_like(p, dtype=torch.uint8), f"absmax{i}": scales.clone()}
 
 
 def _as_there(stepper: Stepper, target: Target) -> None:

@@ -1,6 +1,7 @@
 """Memory is foreseen from shapes alone, within a few hundredths of what runs hold; what is proposed fits, as mildly as it may."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from align.planning.kept import Kept, kept
 from align.planning.phantom import Moment, Phantom
 from align.planning.plan import Plan, _halved, _planned, _Run
 from align.planning.targets import GIB, Target
-from align.planning.walks import Walk, _trained, steering_walk, training_walk
+from align.planning.walks import EightBit, Walk, _trained, steering_walk, training_walk
 from align.sources import Prompts, Rollouts
 from rewards import Brightness, CLIPScore, CrossEncoder, Prompt
 from rewards.loading import hollow
@@ -105,6 +106,40 @@ def test_training_holds_what_was_foreseen(model, objective, source, how, tmp_pat
     walk = training_walk(hollow, objective().bind(CrossEncoder()), source().bind(CrossEncoder()), config, CPU)
     assert within(walk, held + live.peak)
     assert not hollow.trainable
+
+
+def state_bytes(optimizer) -> int:
+    return sum(
+        v.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for name, v in state.items()
+        if isinstance(v, torch.Tensor) and not name.startswith("qmap")  # one table for all
+    )
+
+
+def test_an_optimiser_of_eight_bits_keeps_a_quarter():
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (100, 4095, 4096, 100_001)]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    stand_in = EightBit(parameters)
+    stand_in.step(), stand_in.step()
+    assert state_bytes(stand_in) == 2 * 4 * (100 + 4095) + 2 * (4096 + 4 * 16) + 2 * (100_001 + 4 * 391)
+    real = pytest.importorskip("bitsandbytes").optim.AdamW8bit(parameters)
+    real.step()
+    assert state_bytes(real) == state_bytes(stand_in)
+
+
+def test_plans_foresee_eight_bits_without_their_package(tiny_folder, tmp_path):
+    """All weights of a network: two float32 moments a weight less two bytes, in every phase of the update."""
+    policy, reward = align.load_policy(tiny_folder, device="meta", dtype="float32"), Brightness()
+    parts = Backprop("last").bind(reward), Prompts(PROMPTS).bind(reward)
+    config = settings(tmp_path, lora=None, steps=2, batch=2)
+    plain, eight = (training_walk(policy, *parts, replace(config, optimizer=o), CPU) for o in ("adamw", "adamw8bit"))
+    sizes = [p.numel() for p in policy.network.parameters()]
+    saved = sum(8 * n - 2 * (n + 4 * -(-n // 256)) for n in sizes if n >= 4096)
+    spared = {name: plain.phases[name].total - eight.phases[name].total for name in plain.phases}
+    update = [s for name, s in spared.items() if name.startswith("update") and "optimiser" not in name]
+    assert max(update) == pytest.approx(saved, rel=0.02) and saved > 0.5 * 6 * sum(sizes), spared
 
 
 @pytest.mark.slow
