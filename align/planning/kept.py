@@ -19,12 +19,7 @@ from .targets import Target
 
 __all__ = ["Kept", "kept"]
 
-BITS = {
-    "int8": 8.0,
-    "fp8": 8.0,
-    "int4": 4.5,
-    "nf4": 4.127,
-}  # a weight, scales included; nf4 with double quantisation, 2305.14314
+BITS = {"int8": 8.0, "fp8": 8.0, "nf4": 4.127}  # a weight, scales included; nf4 with double quantisation, 2305.14314
 PARTS = {"vae": "decoder", "preview_vae": "decoder"}
 AT_WORK = {"network": "network", "decoder": "decoder", "encoder": "decoder", "text": "text encoders"}
 
