@@ -1,8 +1,8 @@
 """How much reward every training method buys on the embedded model, at what cost, and whether it is real.
 
 Each training configuration of configs/tiny trains by the embedded reward (or by preferences made with it), for at most three
-minutes on two cores (rlcm-reward: two minutes of an H100), and is judged as it goes on all held-out prompts, twice each, from the same seeds. No method optimises gold
-or diversity.
+minutes on two cores (rlcm-reward: two minutes of an H100), and is judged as it goes on all held-out prompts, twice each, from the
+same seeds. No method optimises gold or diversity.
 
     gains       gold and proxy after training against before, paired over prompts; a gain counts beyond three standard errors
     matched     the headline methods where their KL to the base first reaches the same value, by linear interpolation

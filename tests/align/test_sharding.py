@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from align import Trainer, checkpoints, load_policy, sharding
+from align.loading import _placed
+from align.places import Placement
 from align.world import World
 from samplers.families.gaussian import GaussianPolicy
 from tests.align import sharded
@@ -158,6 +160,7 @@ def test_deepspeed_is_refused(monkeypatch):
 
 
 def test_the_network_waits_on_the_cpu_while_the_rest_is_on_the_device(tiny_folder):
-    policy = load_policy(tiny_folder, device="meta", waiting=True)
+    loaded = load_policy(tiny_folder, device="cpu")
+    policy = _placed(type(loaded), loaded.pipe, None, Placement(), torch.device("meta"), waiting=True)
     for name, p in policy.named_parameters():
         assert p.device.type == ("cpu" if name.startswith("network.") else "meta"), name
