@@ -229,7 +229,9 @@ class Policy(Configurable, nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The network's floating point type; states are stored in it between steps."""
-        return next(p.dtype for p in self.network.parameters() if p.is_floating_point())  # quantised ones may be integers
+        return next(
+            p.dtype for p in self.network.parameters() if p.is_floating_point()
+        )  # quantised ones may be integers
 
     def denoise(self, x: Tensor, at: Levels, cond: Cond) -> Clean:
         """The guided clean estimate at level `at`, in at least float32, from one batched network call."""
@@ -239,7 +241,9 @@ class Policy(Configurable, nn.Module, ABC):
         """What the network predicts, guidance applied; in the backward pass each part of a split batch is recomputed."""
         moving = torch.is_grad_enabled() and self.runs_on is not None
         if moving and x.requires_grad and self.loaded_with.get("offload") == "group":
-            raise ValueError("no gradient passes through offload='group': use offload='model' or 'sequential', or quantize")
+            raise ValueError(
+                "no gradient passes through offload='group': use offload='model' or 'sequential', or quantize"
+            )
         most = len(x) if self.rows_at_once is None else self.rows_at_once
         if len(x) <= most and not moving:
             return self._output(x, at, cond)
