@@ -38,7 +38,7 @@ from .targets import Target
 
 __all__ = ["Walk", "steering_walk", "training_walk"]
 
-SHORT = 2  # steps of a graph from which on it grows evenly
+SHORT = 3  # steps of a graph from which on it grows evenly
 FEW = 12  # levels of a rollout without gradients, which show all its kinds of steps
 MICRO_BATCHES = 2  # from the second on gradients are there already
 
