@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     argv = _config_first(_named(sys.argv[1:] if argv is None else argv))
     try:
-        return _run(argv)
+        code = _run(argv)
+        _leave()
+        return code
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -33,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kilter: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _leave() -> None:
+    """Parts from the other processes in order: one that just ends can take another's connection down with an abort."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _run(argv: Sequence[str]) -> int:
