@@ -25,7 +25,7 @@ from .places import check_trainable, gathered
 __all__ = ["Lora", "add_lora", "digest", "load_lora", "merge", "prepare_trainable", "save_adapter", "set_scale"]
 
 logger = logging.getLogger("kilter")
-WEIGHTS = "trainable.safetensors"
+ADAPTER, WEIGHTS = "pytorch_lora_weights.safetensors", "trainable.safetensors"
 PEFT, OUTER = "adapter_model.safetensors", "base_model.model."  # peft's file, and what its names begin with
 
 
@@ -187,7 +187,7 @@ def _saved(policy: Policy, folder: Path, who: str) -> list[Path]:
                 given[f"{words}_lora_layers"] = get_peft_model_state_dict(encoder, adapter_name=name)
                 given[f"{words}_lora_adapter_metadata"] = _metadata(encoder, name)
         type(pipe).save_lora_weights(folder, **given)
-    return [folder / "pytorch_lora_weights.safetensors"]
+    return [folder / ADAPTER]
 
 
 def set_scale(policy: Policy, scale: float) -> None:

@@ -14,13 +14,13 @@ import torch
 from rewards import Prompt
 from samplers import Policy
 
+from .adapters import ADAPTER, PEFT, WEIGHTS
 from .pictures import shown
 from .sampling import Sampling
 
 __all__ = ["class_name", "plain_use", "write_card"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-ADAPTER, PEFT, WEIGHTS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "trainable.safetensors"
 STUDENTS = {  # the schedule that a student was told to take
     "lcm": "diffusers.LCMScheduler.from_config(pipe.scheduler.config)",
     "trailing": "diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing')",

@@ -27,6 +27,7 @@ __all__ = [
     "family_of",
     "generation_config",
     "pipeline_config",
+    "read_index",
     "shapes",
     "variant_of",
 ]
@@ -52,7 +53,7 @@ def pipeline_config(model: str | Path) -> Mapping[str, Any]:
             f"no {folder}: the embedded model comes with a clone of the repository; pass another model"
         )
     if folder.is_dir():
-        config = _index(folder)
+        config = read_index(folder)
         absent = absent_parts(folder, config)
         if missing := _missing_parts(folder, {k: v for k, v in config.items() if k not in absent}):
             raise FileNotFoundError(f"{folder} is incomplete; missing: {', '.join(missing)}. Download it again")
@@ -72,7 +73,12 @@ def pipeline_config(model: str | Path) -> Mapping[str, Any]:
     return config
 
 
-def _index(folder: Path) -> Mapping[str, Any]:
+def read_index(folder: Path) -> Mapping[str, Any]:
+    """What a folder's `model_index.json` says.
+
+    Raises:
+        FileNotFoundError: there is none that names the parts of a pipeline.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds no model_index.json: expected a folder saved by a diffusers pipeline")

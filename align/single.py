@@ -6,14 +6,13 @@ by the names and shapes of the tensors, and `like` says so where it cannot be ha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .folders import shapes
+from .folders import read_index, shapes
 
 UNKNOWN = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # what diffusers says of a file it does not know
 
@@ -38,10 +37,7 @@ def single_config(file: str | Path, like: str | Path | None) -> tuple[Mapping[st
         raise ValueError(f"{file} must be a .safetensors file, or a folder in the diffusers layout")
     like = str(like or _recognised(Path(file)))
     if Path(like).is_dir():
-        index = Path(like) / "model_index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"like={like} holds no model_index.json: expected a folder of a diffusers pipeline")
-        return json.loads(index.read_text()), like
+        return read_index(Path(like)), like
     from diffusers import DiffusionPipeline
 
     try:

@@ -101,17 +101,24 @@ class LatentPolicy(Policy):
     def _embedded(self, texts: list[str], negative: bool) -> dict[str, Tensor]:
         """Each distinct text goes through the encoders once, and alone: so no sample depends on its batch."""
         negative = negative and self.sided
-        for text in dict.fromkeys(texts):
-            if (text, negative) not in self._embeddings:
-                with told_of_cuts(self.pipe, text):
-                    self._embeddings[text, negative] = self.embed(text, negative)
-                check_output("text encoder", *self._embeddings[text, negative].values())
+        new = [text for text in dict.fromkeys(texts) if (text, negative) not in self._embeddings]
+        for text in new:
+            with told_of_cuts(self.pipe, text):
+                self._embeddings[text, negative] = self.embed(text, negative)
+            check_output("text encoder", *self._embeddings[text, negative].values())
         rows = [self._embeddings[text, negative] for text in texts]
-        held = sum(v.numel() * v.element_size() for row in self._embeddings.values() for v in row.values())
-        while held > REMEMBERED and self._embeddings:
-            row = self._embeddings.pop(next(iter(self._embeddings)))
-            held -= sum(v.numel() * v.element_size() for v in row.values())
+        if new:
+            self._forget_oldest()
         return {name: joined([row[name][None] for row in rows]) for name in rows[0]} if rows else {}
+
+    def _forget_oldest(self) -> None:
+        sizes = {k: sum(v.numel() * v.element_size() for v in row.values()) for k, row in self._embeddings.items()}
+        held = sum(sizes.values())
+        for key, size in sizes.items():
+            if held <= REMEMBERED:
+                return
+            del self._embeddings[key]
+            held -= size
 
     def forget(self) -> None:
         self._embeddings.clear()
@@ -312,6 +319,10 @@ class FlowPolicy(LatentPolicy):
             )
         mu = self.shift(size or self.size, steps) if schedule.config.use_dynamic_shifting else None
         schedule.set_timesteps(steps, sigmas=self.sigmas(steps), mu=mu)
+        return self.table(schedule)
+
+    def table(self, schedule: Any) -> Levels:
+        """The levels of a scheduler that was set."""
         sigma = schedule.sigmas.double()
         return Levels(torch.cat([schedule.timesteps.double(), torch.zeros(1)]), 1 - sigma, sigma)
 

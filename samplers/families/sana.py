@@ -67,8 +67,7 @@ class Sana(FlowPolicy):
         self._steps_within(steps)
         schedule = self._schedule()
         schedule.set_timesteps(steps)
-        sigma = schedule.sigmas.double()
-        return Levels(torch.cat([schedule.timesteps.double(), torch.zeros(1)]), 1 - sigma, sigma)
+        return self.table(schedule)
 
     def predict(self, x: Tensor, at: Levels, cond: Cond) -> Tensor:
         return self.velocity(x, at.t * self.network.config.timestep_scale, cond)

@@ -36,6 +36,17 @@ def compare(pipe, policy, guidance: float, size: tuple[int, int], steps: int = 3
     assert images.shape == (2, 3, *size)
 
 
+def hears_row_by_row(policy) -> None:
+    """Rows of other texts and times are what each is alone, and differ."""
+    cond, levels = policy.encode([*PROMPTS, "a bird"]), policy.levels(4)
+    x = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1, 1)
+    together = policy.predict(x, levels[torch.tensor([0, 0, 2])], cond)
+    alone = [policy.predict(x[:1], levels[i], cond[[row]]) for row, i in enumerate((0, 0, 2))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+    assert float((together[0] - together[1]).abs().max()) > 1e-2
+    assert float((together[2] - policy.predict(x[:1], levels[0], cond[[2]])).abs().max()) > 1e-2
+
+
 @contextmanager
 def drawn(noise):
     """Lets the schedulers of consistency models draw noise(1), noise(2), … where they would draw their own."""

@@ -10,7 +10,7 @@ import torch
 from align import load_policy
 from samplers import ODE, SeededNoise, rollout
 from samplers.families.flux import Flux
-from tests.samplers.families.compare import PROMPTS, compare
+from tests.samplers.families.compare import PROMPTS, compare, hears_row_by_row
 from tests.samplers.families.tiny.flux import VARIANTS, build
 
 
@@ -58,13 +58,7 @@ def test_a_scale_is_an_input_of_dev_and_contrasts_branches_of_the_others():
 
 def test_texts_and_times_are_heard_row_by_row():
     policy = Flux(build())
-    cond, levels = policy.encode([*PROMPTS, "a bird"]), policy.levels(4)
-    x = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1, 1)
-    together = policy.predict(x, levels[torch.tensor([0, 0, 2])], cond)
-    alone = [policy.predict(x[:1], levels[i], cond[[row]]) for row, i in enumerate((0, 0, 2))]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
-    assert float((together[0] - together[1]).abs().max()) > 1e-2
-    assert float((together[2] - policy.predict(x[:1], levels[0], cond[[2]])).abs().max()) > 1e-2
+    hears_row_by_row(policy)
 
 
 def test_a_patch_is_a_token():

@@ -9,7 +9,7 @@ from align import load_policy
 from rewards import Prompt
 from samplers import ODE, SeededNoise, rollout
 from samplers.families.sd3 import StableDiffusion3
-from tests.samplers.families.compare import PROMPTS, agree, compare
+from tests.samplers.families.compare import PROMPTS, agree, compare, hears_row_by_row
 from tests.samplers.families.tiny.sd3 import VARIANTS, build
 
 
@@ -55,13 +55,7 @@ def test_an_absent_encoder_is_heard_as_zeros(absent):
 
 def test_texts_and_times_are_heard_row_by_row():
     policy = StableDiffusion3(build(qk_norm="rms_norm", dual_attention_layers=(0,)))
-    cond, levels = policy.encode([*PROMPTS, "a bird"]), policy.levels(4)
-    x = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1, 1)
-    together = policy.predict(x, levels[torch.tensor([0, 0, 2])], cond)
-    alone = [policy.predict(x[:1], levels[i], cond[[row]]) for row, i in enumerate((0, 0, 2))]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
-    assert float((together[0] - together[1]).abs().max()) > 1e-2
-    assert float((together[2] - policy.predict(x[:1], levels[0], cond[[2]])).abs().max()) > 1e-2
+    hears_row_by_row(policy)
 
 
 def test_sizes_end_with_the_places_the_network_knows():
